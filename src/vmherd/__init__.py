@@ -1,0 +1,1 @@
+"""vmherd: a gRPC and HTTP controller for QEMU virtual machines."""

@@ -1,0 +1,128 @@
+"""What the helper is told of a machine, and what it may be told.
+
+The controller fills it in and the helper checks it again: both use `check_machine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+
+from vmherd.model.errors import FieldViolation
+from vmherd.model.names import check_mac, check_name, check_uid
+
+CPUS_MAX = 255
+"""Q35 without interrupt remapping knows 8-bit APIC ids, and 255 is the broadcast."""
+
+MEMORY_MIN_MIB = 32
+MEMORY_MAX_MIB = 64 * 1024 * 1024
+DISKS_MAX = 16
+NICS_MAX = 8
+COMMAND_LINE_MAX_BYTES = 2047
+"""COMMAND_LINE_SIZE of Linux on x86, less its NUL."""
+
+
+class DiskFormat(StrEnum):
+    """How a disk's file is laid out."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class NicBackend(StrEnum):
+    """What a network interface is plugged into."""
+
+    USER = "user"
+
+
+@dataclass(frozen=True)
+class KernelBoot:
+    """A kernel that QEMU loads itself."""
+
+    kernel: str
+    initramfs: str
+    command_line: str
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of a machine."""
+
+    path: str
+    format: DiskFormat
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Nic:
+    """A network interface of a machine."""
+
+    mac: str
+    backend: NicBackend
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine to run: everything that its command line depends on beside the host's settings."""
+
+    uid: str
+    name: str
+    generation: int
+    cpus: int
+    memory_mib: int
+    kernel_boot: KernelBoot
+    disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+
+
+def mac_of(uid: str, index: int = 0) -> str:
+    """The MAC address of an instance's NIC: locally administered, 40 bits from the instance's uid."""
+    digest = hashlib.sha256(f"{uid}/{index}".encode()).digest()
+    return ":".join(["52", *(f"{byte:02x}" for byte in digest[:5])])
+
+
+def check_cpus(cpus: int, field: str = "cpus") -> Iterator[FieldViolation]:
+    """The number of virtual CPUs."""
+    if not 1 <= cpus <= CPUS_MAX:
+        yield FieldViolation(field, f"must be from 1 to {CPUS_MAX}, is {cpus}")
+
+
+def check_memory(memory_mib: int, field: str = "memory_mib") -> Iterator[FieldViolation]:
+    """The memory, without regard to any host."""
+    if not MEMORY_MIN_MIB <= memory_mib <= MEMORY_MAX_MIB:
+        yield FieldViolation(field, f"must be from {MEMORY_MIN_MIB} to {MEMORY_MAX_MIB} MiB, is {memory_mib}")
+
+
+def check_path(path: str, field: str) -> Iterator[FieldViolation]:
+    """A path is absolute, plain and printable. Where it may lead is the helper's policy."""
+    if not path.startswith("/") or str(PurePosixPath(path)) != path or ".." in PurePosixPath(path).parts:
+        yield FieldViolation(field, f"must be an absolute path without '.', '..' and doubled '/', is {path!r}")
+    elif not path.isprintable():
+        yield FieldViolation(field, f"must be printable, is {path!r}")
+
+
+def check_machine(machine: Machine) -> Iterator[FieldViolation]:
+    """Everything that is wrong with a machine's values."""
+    yield from check_uid(machine.uid)
+    yield from check_name(machine.name)
+    if not 1 <= machine.generation < 2**32:
+        yield FieldViolation("generation", "must be at least 1")
+    yield from check_cpus(machine.cpus)
+    yield from check_memory(machine.memory_mib)
+    yield from check_path(machine.kernel_boot.kernel, "kernel_boot.kernel")
+    if machine.kernel_boot.initramfs:
+        yield from check_path(machine.kernel_boot.initramfs, "kernel_boot.initramfs")
+    command_line = machine.kernel_boot.command_line
+    if len(command_line.encode()) > COMMAND_LINE_MAX_BYTES or not command_line.isprintable():
+        yield FieldViolation("kernel_boot.command_line", f"must have at most {COMMAND_LINE_MAX_BYTES} printable bytes")
+    if len(machine.disks) > DISKS_MAX:
+        yield FieldViolation("disks", f"must be at most {DISKS_MAX}, are {len(machine.disks)}")
+    for index, disk in enumerate(machine.disks):
+        yield from check_path(disk.path, f"disks[{index}].path")
+    if len(machine.nics) > NICS_MAX:
+        yield FieldViolation("nics", f"must be at most {NICS_MAX}, are {len(machine.nics)}")
+    for index, nic in enumerate(machine.nics):
+        yield from check_mac(nic.mac, f"nics[{index}].mac")

@@ -1,0 +1,22 @@
+"""Channels to vmherd's servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+
+OPTIONS = (
+    # gRPC waits up to two minutes between attempts; with this the first call after a restart of the peer succeeds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    # The peer is on this host: no proxy of the environment lies in between.
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def open_channel(socket: Path) -> grpc.aio.Channel:
+    """An asyncio channel to a server on a unix socket, which need not be there yet."""
+    return grpc.aio.insecure_channel(f"unix:{socket}", options=OPTIONS)

@@ -1,0 +1,115 @@
+"""Server interceptors: errors become a status, callers on TCP show a token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+
+from vmherd.model.errors import InternalError, Unauthenticated, VmherdError
+from vmherd.rpc.status import DETAILS_KEY, to_status
+
+_log = structlog.get_logger()
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def _abort(context: Context, error: VmherdError) -> NoReturn:
+    status = to_status(error)
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    await context.abort(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def unexpected(method: str, error: Exception) -> InternalError:
+    """Logs an exception that nobody foresaw; the caller learns an incident id and nothing of its text."""
+    incident_id = uuid.uuid4().hex[:12]
+    _log.error("unexpected exception", method=method, incident_id=incident_id, exc_info=error)
+    return InternalError(
+        f"internal error; the log has the details under incident id {incident_id}",
+        metadata={"incident_id": incident_id},
+    )
+
+
+class ErrorsToStatus(grpc.aio.ServerInterceptor):
+    """Turns a `VmherdError` into its status, any other exception into INTERNAL without its text."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Wraps the handlers of both shapes that vmherd has: one answer, or a stream of them."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or handler.request_streaming:
+            return handler
+        stream: Any = handler.unary_stream
+        unary: Any = handler.unary_unary
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+
+            async def answer_stream(request: Any, context: Context) -> AsyncIterator[Any]:
+                try:
+                    async for response in stream(request, context):
+                        yield response
+                except VmherdError as error:
+                    await _abort(context, error)
+                except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+                    raise
+                except Exception as error:
+                    await _abort(context, unexpected(method, error))
+
+            return grpc.unary_stream_rpc_method_handler(answer_stream, **serializers)
+
+        async def answer(request: Any, context: Context) -> Any:
+            try:
+                return await unary(request, context)
+            except VmherdError as error:
+                await _abort(context, error)
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except Exception as error:
+                await _abort(context, unexpected(method, error))
+
+        return grpc.unary_unary_rpc_method_handler(answer, **serializers)
+
+
+class TokenOnTcp(grpc.aio.ServerInterceptor):
+    """Asks callers for the bearer token, except on the unix socket, whose file mode says who may connect."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Lets the call through, or answers UNAUTHENTICATED in its place."""
+        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
+        if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
+            return await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+
+        async def refuse(_request: Any, context: Context) -> Any:
+            await _abort(
+                context,
+                Unauthenticated(
+                    "this port needs the metadata `authorization: Bearer TOKEN`; the token is in the run directory",
+                    reason="TOKEN_NEEDED",
+                ),
+            )
+
+        return grpc.unary_unary_rpc_method_handler(
+            refuse,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )

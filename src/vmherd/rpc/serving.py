@@ -1,0 +1,144 @@
+"""How vmherd's gRPC servers are put together, started and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vmherd.model.errors import FailedPrecondition
+from vmherd.model.layout import SOCKET_PATH_MAX_BYTES
+from vmherd.rpc.interceptors import ErrorsToStatus, TokenOnTcp
+
+SHUTDOWN_GRACE_S = 0.5
+SOCKET_MODE = 0o660
+MESSAGE_MAX_BYTES = 64 * 1024 * 1024
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
+    # Two servers on one TCP port would share its callers without a word.
+    ("grpc.so_reuseport", 0),
+)
+
+Services = Mapping[str, Callable[[grpc.aio.Server], None]]
+"""The full name of each service, and what adds it to a server."""
+
+
+def check_socket_path(path: Path) -> None:
+    """Refuses a path that the kernel has no room for; gRPC's own error would not say why.
+
+    Raises:
+        FailedPrecondition: the path is too long.
+    """
+    length = len(os.fsencode(path))
+    if length > SOCKET_PATH_MAX_BYTES:
+        raise FailedPrecondition(
+            f"the socket path {path} has {length} bytes and the kernel takes {SOCKET_PATH_MAX_BYTES}; "
+            "choose a shorter run directory",
+            reason="SOCKET_PATH_TOO_LONG",
+        )
+
+
+@contextlib.contextmanager
+def owned_socket(path: Path) -> Iterator[None]:
+    """Owns a unix socket's path: a second server there would take its callers, and each would remove the other's file.
+
+    Raises:
+        FailedPrecondition: another process serves this path, or the path is too long or not writable.
+    """
+    check_socket_path(path)
+    lock_path = Path(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"cannot make the socket {path}: {error.strerror}; choose a directory that this user may write to",
+            reason="SOCKET_NOT_WRITABLE",
+        ) from error
+    with os.fdopen(lock):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(lock), lock_path.stat())  # or its last owner removed it just now
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise FailedPrecondition(
+                f"another process serves {path}; end it first or choose another run directory", reason="SOCKET_IN_USE"
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_files_have(mode: int) -> Iterator[None]:
+    umask = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(umask)
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    services: Services, address: str, interceptors: tuple[grpc.aio.ServerInterceptor, ...]
+) -> AsyncIterator[int]:
+    server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for add in services.values():
+        add(server)
+    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    with _new_files_have(SOCKET_MODE):
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise FailedPrecondition(
+                f"cannot listen on {address}: the address is taken or not this host's; choose another",
+                reason="ADDRESS_NOT_AVAILABLE",
+            ) from error
+        await server.start()
+    try:
+        yield port
+    finally:
+        await checks.enter_graceful_shutdown()
+        await server.stop(SHUTDOWN_GRACE_S)
+
+
+@contextlib.asynccontextmanager
+async def serving(services: Services, socket: Path, *, tcp: str = "", token: str = "") -> AsyncIterator[int | None]:
+    """Serves the services with health and reflection on a unix socket and, if asked, on TCP with a token.
+
+    Yields the TCP port, None without one. Open streams are cancelled half a second after the context is left.
+
+    Raises:
+        FailedPrecondition: the socket or the address cannot be had.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(owned_socket(socket))
+        await stack.enter_async_context(_running(services, f"unix:{socket}", (ErrorsToStatus(),)))
+        port = None
+        if tcp:
+            interceptors = (TokenOnTcp(token), ErrorsToStatus())
+            port = await stack.enter_async_context(_running(services, tcp, interceptors))
+        yield port
+
+
+async def until_signalled() -> None:
+    """Waits for SIGTERM or SIGINT, of which both ask for an orderly end."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await asked.wait()

@@ -1,0 +1,165 @@
+"""Between the model and the messages of the public API."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from vmherd.api.v1 import controller_pb2, instance_pb2
+from vmherd.controller.herd import InstanceChange, Progress, Snapshot
+from vmherd.model.errors import FieldViolation, InvalidArgument
+from vmherd.model.instance import Exit, Instance, LaunchSpec
+from vmherd.model.readiness import Rung
+
+WAIT_TIMEOUT_DEFAULT_S = 120.0
+TIMEOUT_MAX_S = 24 * 3600.0
+DEFAULT_IMAGE = "builtin"
+
+
+def fingerprint(request: Message) -> str:
+    """Tells whether two requests ask for the same, whatever their request ids."""
+    copy = type(request)()
+    copy.CopyFrom(request)
+    copy.ClearField("request_id")
+    text = f"{copy.DESCRIPTOR.full_name}\n".encode() + copy.SerializeToString(deterministic=True)
+    return hashlib.sha256(text).hexdigest()
+
+
+def launch_spec(request: controller_pb2.LaunchRequest) -> LaunchSpec:
+    """What a user asks for."""
+    hardware = request.hardware
+    return LaunchSpec(
+        name=request.name,
+        image=request.image or DEFAULT_IMAGE,
+        cpus=hardware.cpus if hardware.HasField("cpus") else None,
+        memory_mib=hardware.memory_mib if hardware.HasField("memory_mib") else None,
+        start=request.start if request.HasField("start") else True,
+        labels=dict(request.labels),
+        request_id=request.request_id,
+    )
+
+
+def seconds(request: Message, field: str, *, default_s: float, minimum_s: float = 0.0) -> float:
+    """A duration of a request in seconds, within bounds.
+
+    Raises:
+        InvalidArgument: it is out of bounds.
+    """
+    if not request.HasField(field):
+        return default_s
+    duration: Duration = getattr(request, field)
+    value_s = duration.seconds + duration.nanos / 1e9
+    if not minimum_s <= value_s <= TIMEOUT_MAX_S:
+        raise InvalidArgument.of(
+            [FieldViolation(field, f"must be from {minimum_s:g} s to {TIMEOUT_MAX_S:g} s, is {value_s:g} s")]
+        )
+    return value_s
+
+
+def rung_of(condition: controller_pb2.WaitRequest.Condition.ValueType) -> Rung | None:
+    """The rung that a wait is for; None when it is for the end."""
+    match controller_pb2.WaitRequest.Condition.Name(condition):
+        case "STOPPED":
+            return None
+        case "CONDITION_UNSPECIFIED":
+            return Rung.AGENT
+        case name:
+            return Rung[name]
+
+
+def instance_message(snapshot: Snapshot) -> instance_pb2.Instance:
+    """An instance."""
+    return _instance(snapshot.instance, snapshot.revision)
+
+
+def wait_message(progress: Progress) -> controller_pb2.WaitResponse:
+    """Where a wait stands."""
+    return controller_pb2.WaitResponse(instance=instance_message(progress.snapshot), waiting_for=progress.waiting_for)
+
+
+def watch_message(change: InstanceChange) -> controller_pb2.WatchResponse:
+    """One change."""
+    return controller_pb2.WatchResponse(
+        kind=controller_pb2.WatchResponse.Kind.Value(change.kind),
+        revision=change.revision,
+        instance=_instance(change.instance, change.revision) if change.instance else None,
+    )
+
+
+def plan_instance(instance: Instance) -> instance_pb2.Instance:
+    """An instance that is only planned."""
+    return _instance(instance, 0)
+
+
+def _instance(instance: Instance, revision: int) -> instance_pb2.Instance:
+    return instance_pb2.Instance(
+        name=instance.name,
+        uid=instance.uid,
+        state=instance_pb2.Instance.State.Value(instance.state),
+        generation=instance.generation,
+        readiness=_readiness(instance),
+        addresses=[
+            instance_pb2.Address(
+                address=address.address,
+                prefix_length=address.prefix_length,
+                mac=address.mac,
+                interface=address.interface,
+                source=instance_pb2.Address.AGENT,
+            )
+            for address in instance.addresses
+        ],
+        labels=instance.labels,
+        image=instance.image,
+        hardware=instance_pb2.Hardware(cpus=instance.hardware.cpus, memory_mib=instance.hardware.memory_mib),
+        create_time=_timestamp(instance.created_at_s),
+        last_exit=_exit(instance.last_exit) if instance.last_exit else None,
+        revision=revision,
+    )
+
+
+def _readiness(instance: Instance) -> instance_pb2.Readiness:
+    steps = [
+        instance_pb2.Readiness.Step(
+            rung=instance_pb2.Readiness.Rung.Value(step.rung.name),
+            reach_time=_timestamp(step.reached_at_s),
+            elapsed=_duration(step.elapsed_s),
+        )
+        for step in instance.readiness.steps
+    ]
+    return instance_pb2.Readiness(
+        reached=steps[-1].rung if steps else instance_pb2.Readiness.RUNG_UNSPECIFIED, steps=steps
+    )
+
+
+def _exit(exit_: Exit) -> instance_pb2.Exit:
+    message = instance_pb2.Exit(
+        cause=instance_pb2.Exit.Cause.Value(exit_.cause),
+        detail=exit_.detail,
+        stop_step=instance_pb2.Exit.StopStep.Value(
+            exit_.stop_step.name if exit_.stop_step else "STOP_STEP_UNSPECIFIED"
+        ),
+        exit_code=exit_.exit_code,
+        signal=exit_.signal,
+        stderr_tail=exit_.stderr_tail,
+        end_time=_timestamp(exit_.ended_at_s),
+    )
+    if exit_.stop_step:
+        message.stop_step = instance_pb2.Exit.StopStep.Value(exit_.stop_step.name)
+    return message
+
+
+def _timestamp(epoch_s: float) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(datetime.fromtimestamp(epoch_s, UTC))
+    return message
+
+
+def _duration(value_s: float) -> Duration:
+    message = Duration()
+    # Whole milliseconds read well; the clock of a busy host tells no more anyway.
+    message.FromTimedelta(timedelta(milliseconds=round(value_s * 1000)))
+    return message

@@ -1,0 +1,246 @@
+"""Carries out one accepted command: acts on QEMU, the helper, the agent and the disk, and tells the supervisor.
+
+Every function here may be cut off at any moment and begun again from the instance's record, by the next controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from vmherd.guest_agent import AgentError
+from vmherd.image.errors import ImageError
+from vmherd.image.registry import KernelImage
+from vmherd.model.errors import Aborted, DeadlineExceeded, NotFound, Unavailable, VmherdError
+from vmherd.model.instance import Cause, Exit, Instance, Operation, StopStep, Verb
+from vmherd.model.layout import StateDirectory
+from vmherd.model.lifecycle import ACTIVE, State
+from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, mac_of
+from vmherd.model.readiness import Rung
+
+if TYPE_CHECKING:
+    from vmherd.controller.supervisor import Supervisor
+
+_log = structlog.get_logger()
+
+UNDER_CONTROL_TIMEOUT_S = 15.0
+"""From a QEMU process to its answer on the control socket; it takes some 0.1 s on an idle host."""
+
+END_TIMEOUT_S = 5.0
+"""From telling QEMU to quit, or killing it, to its end."""
+
+QMP_RETURN_TIMEOUT_S = 5.0
+AGENT_TIMEOUT_S = 5.0
+HELPER_RETRY_S = 0.2
+DISK_BYTES = 1 << 30
+"""Size of the empty disk that an instance of a kernel image gets; the file is sparse."""
+
+T = TypeVar("T")
+
+
+async def carry_out(operation: Operation, supervisor: Supervisor) -> None:
+    """Carries out a command to its end.
+
+    Raises:
+        VmherdError: it could not be carried out; the supervisor knows what state that left.
+    """
+    await _STEPS[operation.verb](operation, supervisor)
+
+
+async def _launch(_: Operation, supervisor: Supervisor) -> None:
+    path = supervisor.world.state.instance(supervisor.instance.uid)
+    try:
+        await asyncio.to_thread(_make_disk, path.path, path.disk)
+    except OSError as error:
+        raise await _start_failed(supervisor, f"cannot make the disk {path.disk}: {error.strerror}") from error
+    if supervisor.instance.state in ACTIVE:
+        await _bring_up(supervisor)
+
+
+async def _start(_: Operation, supervisor: Supervisor) -> None:
+    await _bring_up(supervisor)
+
+
+async def _stop(operation: Operation, supervisor: Supervisor) -> None:
+    await _bring_down(operation, supervisor)
+
+
+async def _restart(operation: Operation, supervisor: Supervisor) -> None:
+    await _bring_down(operation, supervisor)
+    await supervisor.tell(supervisor.start_again)
+    await _bring_up(supervisor)
+
+
+async def _delete(operation: Operation, supervisor: Supervisor) -> None:
+    await _bring_down(operation, supervisor)
+    uid = supervisor.instance.uid
+    await _with_helper(supervisor, lambda: supervisor.world.helper.release(uid))
+    path = supervisor.world.state.instance(uid).path
+    try:
+        await asyncio.to_thread(shutil.rmtree, path)
+    except FileNotFoundError:
+        pass  # an earlier try got this far
+    except OSError as error:
+        raise Aborted(f"cannot remove {path}: {error.strerror}: {error.filename}", reason="DISK_NOT_REMOVED") from error
+
+
+_STEPS: dict[Verb, Callable[[Operation, Supervisor], Awaitable[None]]] = {
+    Verb.LAUNCH: _launch,
+    Verb.START: _start,
+    Verb.STOP: _stop,
+    Verb.RESTART: _restart,
+    Verb.DELETE: _delete,
+}
+
+
+def machine_of(instance: Instance, image: KernelImage, state: StateDirectory) -> Machine:
+    """The machine that the helper is asked to run for an instance."""
+    return Machine(
+        uid=instance.uid,
+        name=instance.name,
+        generation=instance.generation,
+        cpus=instance.hardware.cpus,
+        memory_mib=instance.hardware.memory_mib,
+        kernel_boot=KernelBoot(
+            kernel=str(image.kernel),
+            initramfs=str(image.initramfs),
+            command_line=f"{image.command_line} vmherd.hostname={instance.name}",
+        ),
+        disks=(Disk(str(state.instance(instance.uid).disk), DiskFormat.RAW),),
+        nics=(Nic(mac_of(instance.uid), NicBackend.USER),),
+    )
+
+
+def _make_disk(directory: os.PathLike[str], disk: os.PathLike[str]) -> None:
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    descriptor = os.open(disk, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        if not os.fstat(descriptor).st_size:  # what a guest wrote is never cut off
+            os.ftruncate(descriptor, DISK_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+async def _bring_up(supervisor: Supervisor) -> None:
+    world, instance = supervisor.world, supervisor.instance
+    try:
+        machine = machine_of(instance, world.images.get(instance.image), world.state)
+        process = await _with_helper(supervisor, lambda: world.helper.start(machine))
+    except (VmherdError, ImageError) as error:
+        tail = error.metadata.get("stderr_tail", "") if isinstance(error, VmherdError) else ""
+        raise await _start_failed(supervisor, str(error), tail) from error
+    supervisor.process_seen(process)
+    try:
+        async with asyncio.timeout(UNDER_CONTROL_TIMEOUT_S):
+            await supervisor.until(lambda: supervisor.ended.is_set() or _under_control(supervisor.instance))
+    except TimeoutError as error:
+        await world.helper.kill(instance.uid, instance.generation)
+        detail = f"QEMU did not answer on its control socket within {UNDER_CONTROL_TIMEOUT_S:g} s and was killed"
+        raise await _start_failed(supervisor, detail) from error
+    if supervisor.instance.state is State.FAILED:
+        exit_ = supervisor.instance.last_exit
+        raise _not_started(instance.name, exit_.detail if exit_ else "", exit_.stderr_tail if exit_ else "")
+
+
+def _under_control(instance: Instance) -> bool:
+    return (instance.readiness.reached or 0) >= Rung.QMP
+
+
+async def _start_failed(supervisor: Supervisor, detail: str, stderr_tail: str = "") -> Aborted:
+    exit_ = Exit(Cause.START_FAILED, detail, ended_at_s=time.time(), stderr_tail=stderr_tail)
+    await supervisor.tell(lambda: supervisor.start_failed(exit_))
+    return _not_started(supervisor.instance.name, detail, stderr_tail)
+
+
+def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
+    metadata = {"name": name} | ({"stderr_tail": stderr_tail} if stderr_tail else {})
+    return Aborted(
+        f"{name!r} did not start and is FAILED: {detail}; mend that and start it again, or delete it",
+        reason="START_FAILED",
+        metadata=metadata,
+    )
+
+
+async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
+    """Climbs down the ladder of a stop until QEMU has ended; `Supervisor.stop_step` says where it stands."""
+    forced = operation.force or operation.verb is Verb.DELETE
+    if not forced:
+        await _know_where_it_stands(supervisor)
+    grace_s = supervisor.world.stop_grace_s if operation.grace_s is None else operation.grace_s
+    for step in (StopStep.KILL,) if forced else StopStep:
+        if supervisor.ended.is_set():
+            return
+        supervisor.stop_step = step
+        try:
+            await _LADDER[step](supervisor)
+            async with asyncio.timeout(grace_s if step in GRACEFUL else END_TIMEOUT_S):
+                await supervisor.ended.wait()
+        except (VmherdError, AgentError, TimeoutError) as error:
+            _log.info("a step of a stop did not work", name=supervisor.instance.name, step=step.name, why=str(error))
+    if not supervisor.ended.is_set():
+        raise DeadlineExceeded(
+            f"{supervisor.instance.name!r} did not stop: not even SIGKILL ended QEMU; its host may wait for storage",
+            reason="STOP_FAILED",
+            metadata={"name": supervisor.instance.name},
+        )
+
+
+async def _know_where_it_stands(supervisor: Supervisor) -> None:
+    """Gives a new controller the time to find QEMU again; otherwise it would go straight for the kill."""
+    await supervisor.until(
+        lambda: supervisor.ended.is_set() or supervisor.monitor.up or supervisor.world.helper.connected
+    )
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(QMP_RETURN_TIMEOUT_S):
+            await supervisor.until(lambda: supervisor.ended.is_set() or supervisor.monitor.up)
+
+
+async def _ask_agent(supervisor: Supervisor) -> None:
+    await supervisor.monitor.execute("cont")  # a paused guest hears nothing
+    await supervisor.open_agent().request("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
+
+
+async def _press_power_button(supervisor: Supervisor) -> None:
+    await supervisor.monitor.execute("system_powerdown")
+
+
+async def _tell_qemu_to_quit(supervisor: Supervisor) -> None:
+    await supervisor.monitor.execute("quit")
+
+
+async def _kill(supervisor: Supervisor) -> None:
+    uid, generation = supervisor.instance.uid, supervisor.instance.generation
+    try:
+        process = await _with_helper(supervisor, lambda: supervisor.world.helper.kill(uid, generation))
+    except NotFound:
+        supervisor.process_not_seen()
+    else:
+        supervisor.process_seen(process)
+
+
+_LADDER: dict[StopStep, Callable[[Supervisor], Awaitable[None]]] = {
+    StopStep.AGENT: _ask_agent,
+    StopStep.POWER_BUTTON: _press_power_button,
+    StopStep.QUIT: _tell_qemu_to_quit,
+    StopStep.KILL: _kill,
+}
+
+GRACEFUL = frozenset({StopStep.AGENT, StopStep.POWER_BUTTON})
+"""Steps that leave the guest the time of the stop's grace; the others are QEMU's own work."""
+
+
+async def _with_helper(supervisor: Supervisor, call: Callable[[], Awaitable[T]]) -> T:
+    """Makes a call that the helper takes any number of times, again until it was there to take it."""
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            await asyncio.sleep(HELPER_RETRY_S)
+            await supervisor.world.helper.wait_connected()

@@ -1,0 +1,61 @@
+"""Why did QEMU end? One decision over what the helper, QEMU and the stop that was under way have to say."""
+
+from __future__ import annotations
+
+import signal as signals
+
+from vmherd.controller.helper import Process
+from vmherd.model.instance import Cause, Exit, StopStep
+from vmherd.model.lifecycle import Event
+
+GUEST_PANIC = "guest-panic"
+HOST_SIGNAL = "host-signal"
+"""Reasons of QMP's SHUTDOWN event that do not mean a guest that ended in good order."""
+
+STOP_STEP_NAMES = {
+    StopStep.AGENT: "the guest agent shut the guest down",
+    StopStep.POWER_BUTTON: "the guest shut down at the power button",
+    StopStep.QUIT: "QEMU quit",
+    StopStep.KILL: "QEMU was killed",
+}
+
+
+def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutdown_reason: str) -> tuple[Event, Exit]:
+    """What an ended process means for its instance.
+
+    `stop_step` is the step of a stop that was being tried, `stopping` whether a stop was under way at all, and
+    `shutdown_reason` the reason that QEMU gave for going down, empty when it gave none.
+    """
+    killed_by_us = stop_step is StopStep.KILL
+    if shutdown_reason == GUEST_PANIC:
+        event, cause, detail = Event.DIED, Cause.GUEST_PANIC, "the guest's kernel panicked; its console's log tells why"
+    elif process.signal is not None and not killed_by_us:
+        event, cause, detail = Event.DIED, Cause.CRASHED, f"QEMU was ended by {_signal_name(process.signal)}"
+    elif process.exit_code:
+        event, cause, detail = Event.DIED, Cause.CRASHED, f"QEMU exited with code {process.exit_code}"
+    elif stop_step is not None:
+        event, cause, detail = Event.ENDED, Cause.STOPPED, STOP_STEP_NAMES[stop_step]
+    elif stopping and shutdown_reason != HOST_SIGNAL:
+        event, cause, detail = Event.ENDED, Cause.STOPPED, "it ended during a stop while the controller was away"
+    elif shutdown_reason == HOST_SIGNAL:
+        event, cause, detail = Event.DIED, Cause.CRASHED, "somebody else told QEMU to terminate"
+    elif shutdown_reason or process.exit_code == 0:
+        event, cause, detail = Event.ENDED, Cause.GUEST_SHUTDOWN, "the guest shut itself down"
+    else:
+        event, cause, detail = Event.DIED, Cause.VANISHED, "QEMU is gone and nobody saw how it ended"
+    return event, Exit(
+        cause=cause,
+        detail=detail,
+        ended_at_s=process.ended_at_s or 0.0,
+        stop_step=stop_step if cause is Cause.STOPPED else None,
+        exit_code=process.exit_code,
+        signal=process.signal,
+        stderr_tail=process.stderr_tail,
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signals.Signals(number).name} (signal {number})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,195 @@
+"""The controller's side of the helper: its calls in terms of the model, and a watch that never gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from vmherd.api.qemu.v1 import qemu_pb2, qemu_pb2_grpc
+from vmherd.model.errors import Unavailable, VmherdError
+from vmherd.model.machine import Machine
+from vmherd.rpc.status import from_rpc_error
+
+T = TypeVar("T")
+
+_log = structlog.get_logger()
+
+CALL_TIMEOUT_S = 60.0
+"""Long, because the first question about the host makes the helper measure its accelerators."""
+
+RECONNECT_DELAY_S = 0.2
+
+
+@dataclass(frozen=True)
+class Process:
+    """A QEMU process as the helper sees it."""
+
+    uid: str
+    generation: int
+    pid: int
+    ended_at_s: float | None = None
+    """None while it runs."""
+    exit_code: int | None = None
+    signal: int | None = None
+    stderr_tail: str = ""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host as the helper describes it."""
+
+    memory_mib: int
+    accelerator: str
+    accelerator_detail: str
+
+
+class Listener(Protocol):
+    """Who wants to hear what the helper tells."""
+
+    def process_seen(self, process: Process) -> None:
+        """A process is there, has started or has ended."""
+
+    def all_seen(self, uids: frozenset[str]) -> None:
+        """The helper was reached and these are all the processes that it knows."""
+
+    def helper_lost(self) -> None:
+        """The helper cannot be reached; nothing follows for the machines."""
+
+
+class Helper:
+    """Calls the helper; every call raises `VmherdError` as the helper meant it, `Unavailable` when there is none."""
+
+    def __init__(self, channel: grpc.aio.Channel, socket: str) -> None:
+        self._stub = qemu_pb2_grpc.QemuServiceStub(channel)
+        self._socket = socket
+        self._connected = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the helper was there a moment ago."""
+        return self._connected.is_set()
+
+    async def wait_connected(self) -> None:
+        """Waits until the helper can be reached."""
+        await self._connected.wait()
+
+    def check_connected(self) -> None:
+        """Raises `Unavailable` when the helper cannot be reached, before anything is begun that needs it."""
+        if not self.connected:
+            raise self._unreachable()
+
+    async def start(self, machine: Machine) -> Process:
+        """Starts the machine, or finds it running: the same uid and generation is the same start."""
+        return _process(await self._call(self._stub.Start, qemu_pb2.StartRequest(machine=_machine(machine))))
+
+    async def kill(self, uid: str, generation: int) -> Process:
+        """Ends a machine with SIGKILL; answers when it has ended."""
+        request = qemu_pb2.StopRequest(uid=uid, generation=generation, grace=Duration())
+        return _process(await self._call(self._stub.Stop, request))
+
+    async def release(self, uid: str) -> None:
+        """Forgets an ended machine and removes its run directory."""
+        await self._call(self._stub.Release, qemu_pb2.ReleaseRequest(uid=uid))
+
+    async def plan(self, machine: Machine) -> list[str]:
+        """The command line that `start` would run."""
+        response = await self._call(self._stub.Plan, qemu_pb2.PlanRequest(machine=_machine(machine)))
+        return list(response.argv)
+
+    async def host(self) -> Host:
+        """Describes the host."""
+        response = await self._call(self._stub.Host, qemu_pb2.HostRequest())
+        told = "; ".join(
+            f"{a.name}: {a.detail or f'{a.elapsed.ToTimedelta().total_seconds():.2f} s of measured work'}"
+            for a in response.accelerators
+        )
+        return Host(response.memory_mib, response.accelerator, told)
+
+    async def follow(self, listener: Listener) -> None:
+        """Tells the listener what the helper tells, over every loss of the connection, until cancelled."""
+        told = False
+        while True:
+            try:
+                await self._follow_once(listener)
+            except grpc.aio.AioRpcError as error:
+                if not told:
+                    _log.warning("waiting for the helper", socket=self._socket, error=error.details())
+                    told = True
+            if self.connected:
+                _log.warning("lost the helper; its machines run on", socket=self._socket)
+                told = True
+            self._connected.clear()
+            listener.helper_lost()
+            await asyncio.sleep(RECONNECT_DELAY_S)
+
+    async def _follow_once(self, listener: Listener) -> None:
+        call = self._stub.Watch(qemu_pb2.WatchRequest())
+        seen: set[str] = set()
+        try:
+            async for message in call:
+                if message.synced:
+                    _log.info("connected to the helper", socket=self._socket, processes=len(seen))
+                    self._connected.set()
+                    listener.all_seen(frozenset(seen))
+                    continue
+                seen.add(message.process.uid)
+                listener.process_seen(_process(message.process))
+        finally:
+            call.cancel()  # an abandoned stream would leak its handler over there
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: Message) -> T:
+        try:
+            return await method(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._meaning(error) from error
+
+    def _meaning(self, error: grpc.aio.AioRpcError) -> VmherdError:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return self._unreachable()
+        return from_rpc_error(error)
+
+    def _unreachable(self) -> Unavailable:
+        return Unavailable(
+            f"the helper cannot be reached at {self._socket}; is `vmherd qemu` running?",
+            reason="HELPER_UNREACHABLE",
+            metadata={"socket": self._socket},
+        )
+
+
+def _machine(machine: Machine) -> qemu_pb2.Machine:
+    return qemu_pb2.Machine(
+        uid=machine.uid,
+        name=machine.name,
+        generation=machine.generation,
+        cpus=machine.cpus,
+        memory_mib=machine.memory_mib,
+        kernel_boot=qemu_pb2.KernelBoot(
+            kernel=machine.kernel_boot.kernel,
+            initramfs=machine.kernel_boot.initramfs,
+            command_line=machine.kernel_boot.command_line,
+        ),
+        disks=[
+            qemu_pb2.Disk(path=disk.path, format=qemu_pb2.Disk.Format.Value(disk.format.name), read_only=disk.read_only)
+            for disk in machine.disks
+        ],
+        nics=[qemu_pb2.Nic(mac=nic.mac, backend=qemu_pb2.Nic.Backend.Value(nic.backend.name)) for nic in machine.nics],
+    )
+
+
+def _process(message: qemu_pb2.Process) -> Process:
+    return Process(
+        uid=message.uid,
+        generation=message.generation,
+        pid=message.pid,
+        ended_at_s=message.end_time.ToNanoseconds() / 1e9 if message.HasField("end_time") else None,
+        exit_code=message.exit_code if message.HasField("exit_code") else None,
+        signal=message.signal if message.HasField("signal") else None,
+        stderr_tail=message.stderr_tail,
+    )

@@ -52,7 +52,7 @@ async def run(settings: ControllerSettings) -> None:
         await herd.open()
         services = {
             controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name: lambda server: (
-                controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(herd), server)
+                controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(herd, store), server)
             ),
             guest_pb2.DESCRIPTOR.services_by_name["GuestService"].full_name: lambda server: (
                 guest_pb2_grpc.add_GuestServiceServicer_to_server(

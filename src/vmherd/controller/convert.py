@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from vmherd.api.v1 import controller_pb2, instance_pb2
-from vmherd.controller.herd import InstanceChange, Progress, Snapshot
+from vmherd.controller.views import InstanceChange, Progress, Snapshot
 from vmherd.model.errors import FieldViolation, InvalidArgument
 from vmherd.model.instance import Exit, Instance, LaunchSpec
 from vmherd.model.readiness import Rung

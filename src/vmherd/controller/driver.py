@@ -179,8 +179,8 @@ async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
             return
         supervisor.stop_step = step
         try:
-            await _LADDER[step](supervisor)
             async with asyncio.timeout(grace_s if step in GRACEFUL else END_TIMEOUT_S):
+                await _LADDER[step](supervisor)
                 await supervisor.ended.wait()
         except (VmherdError, AgentError, TimeoutError) as error:
             _log.info("a step of a stop did not work", name=supervisor.instance.name, step=step.name, why=str(error))
@@ -204,7 +204,7 @@ async def _know_where_it_stands(supervisor: Supervisor) -> None:
 
 async def _ask_agent(supervisor: Supervisor) -> None:
     await supervisor.monitor.execute("cont")  # a paused guest hears nothing
-    await supervisor.open_agent().request("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
+    await supervisor.open_agent().send("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
 
 
 async def _press_power_button(supervisor: Supervisor) -> None:

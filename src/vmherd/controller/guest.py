@@ -71,7 +71,7 @@ class GuestServicer:
 
     async def call(self, method: MethodDescriptor, request: Any, context: Context) -> Message:
         """Carries out the agent command of an RPC."""
-        agent = self._herd.agent(request.name)
+        agent = self._herd.find(request.name).open_agent()
         response = GetMessageClass(method.output_type)()
         try:
             result = await agent.execute(
@@ -93,13 +93,13 @@ class GuestServicer:
         if violations:
             raise InvalidArgument.of(violations)
         timeout_s = convert.seconds(request, "timeout", default_s=RUN_TIMEOUT_DEFAULT_S, minimum_s=RUN_TIMEOUT_MIN_S)
-        agent = self._herd.agent(request.name)
+        agent = self._herd.find(request.name).open_agent()
         try:
             result = await guest_agent.run(
                 agent,
                 list(request.command),
                 input_data=request.input,
-                environment=dict(request.environment),
+                env=dict(request.environment) or None,
                 timeout_s=min(timeout_s, self._timeout_s(context, timeout_s)),
             )
         except AgentError as error:
@@ -107,7 +107,7 @@ class GuestServicer:
         stdout, stdout_raw = _text(result.stdout)
         stderr, stderr_raw = _text(result.stderr)
         return guest_pb2.RunResponse(
-            exit_code=result.exit_code if result.signal is None else 128 + result.signal,
+            exit_code=128 + result.signal if result.signal is not None else result.exit_code or 0,
             signal=result.signal,
             stdout=stdout,
             stderr=stderr,

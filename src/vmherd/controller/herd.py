@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 from uuid import uuid4
 
@@ -17,95 +14,39 @@ import structlog
 from google.protobuf import json_format
 from google.rpc import status_pb2
 
+from vmherd.controller import requests
 from vmherd.controller.driver import machine_of
 from vmherd.controller.helper import Process
 from vmherd.controller.records import (
     INSTANCES,
-    REQUESTS,
     Outcome,
     Request,
     decode_instance,
-    decode_request,
     encode_instance,
-    encode_request,
     instance_key,
-    request_key,
 )
-from vmherd.controller.store import Compacted, Compare, Conflict, Put, StoreError
+from vmherd.controller.store import Compare, Conflict, Put, StoreError
 from vmherd.controller.supervisor import Supervisor, World
-from vmherd.guest_agent import GuestAgent
+from vmherd.controller.views import Snapshot, snapshot_of
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import (
-    DeadlineExceeded,
-    FailedPrecondition,
     FieldViolation,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     ResourceExhausted,
     Unavailable,
     instance_not_found,
     name_taken,
 )
 from vmherd.model.instance import Hardware, Instance, LaunchSpec, Operation, Verb, check_launch, started
-from vmherd.model.lifecycle import State
 from vmherd.model.names import check_request_id
-from vmherd.model.readiness import WAITING_FOR, Rung
 from vmherd.rpc.status import from_status
 
 _log = structlog.get_logger()
 
-PAGE_SIZE_DEFAULT = 100
-PAGE_SIZE_MAX = 1000
-REQUESTS_KEPT_S = 24 * 3600.0
 REVISIONS_KEPT = 10_000
 HOUSEKEEPING_PERIOD_S = 3600.0
-DEAD_STATES = frozenset({State.STOPPED, State.FAILED})
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """An instance as it was at a revision of the store."""
-
-    instance: Instance
-    revision: int
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page of instances, by name."""
-
-    snapshots: tuple[Snapshot, ...]
-    next_page_token: str
-    revision: int
-
-
-class ChangeKind(StrEnum):
-    """What a watcher is told."""
-
-    CURRENT = "CURRENT"
-    SYNCED = "SYNCED"
-    CHANGED = "CHANGED"
-    DELETED = "DELETED"
-
-
-@dataclass(frozen=True)
-class InstanceChange:
-    """One change, or the end of what was there when a watch began."""
-
-    kind: ChangeKind
-    revision: int
-    instance: Instance | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a wait stands."""
-
-    snapshot: Snapshot
-    waiting_for: str
-    """What is waited for, for people; empty when it has come true."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +65,10 @@ class Herd:
         self._world = world
         self._supervisors: dict[str, Supervisor] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._revision = 0
 
     async def open(self) -> None:
         """Takes up every instance of the store and begins to follow the helper."""
-        entries, self._revision = await self._world.store.list(INSTANCES)
+        entries, _ = await self._world.store.list(INSTANCES)
         for entry in entries:
             self._add(decode_instance(entry.value), entry.mod_revision)
         self._spawn(self._world.helper.follow(self))
@@ -170,8 +110,9 @@ class Herd:
         if request_id:
             request = Request(Verb.LAUNCH, fingerprint, instance.name, operation.id, time.time())
             # Before the name: of two equal requests at once the second is the same request, not a clash of names.
-            compares.insert(0, Compare(request_key(request_id), 0))
-            puts.append(Put(request_key(request_id), encode_request(request)))
+            put, compare = requests.beginning(request_id, request)
+            puts.append(put)
+            compares.insert(0, compare)
         try:
             revision = await self._world.store.transact(puts, compares)
         except Conflict as conflict:
@@ -222,101 +163,22 @@ class Herd:
                 raise _not_stored(error) from error
         return _snapshot(outcome)
 
-    def info(self, name: str) -> Snapshot:
-        """One instance, from memory; raises `NotFound`."""
-        return _now(self.find(name))
-
     async def pause(self, name: str) -> Snapshot:
         """Halts an instance's virtual CPUs."""
         supervisor = self.find(name)
         await supervisor.pause()
-        return _now(supervisor)
+        return snapshot_of(supervisor)
 
     async def resume(self, name: str) -> Snapshot:
         """Lets an instance's virtual CPUs run on."""
         supervisor = self.find(name)
         await supervisor.resume()
-        return _now(supervisor)
+        return snapshot_of(supervisor)
 
-    def agent(self, name: str) -> GuestAgent:
-        """An instance's guest agent; see `Supervisor.open_agent` for what it raises."""
-        return self.find(name).open_agent()
-
-    def list(self, *, page_size: int, page_token: str, label_selector: Iterable[str]) -> Page:
-        """A page of instances, from memory."""
-        after = _name_of_token(page_token)
-        wanted = [selector.partition("=") for selector in label_selector]
-        size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        matching = [
-            supervisor
-            for name, supervisor in sorted(self._supervisors.items())
-            if name > after and not supervisor.deleted and _has_labels(supervisor.instance, wanted)
-        ]
-        page = tuple(_now(supervisor) for supervisor in matching[:size])
-        token = _token_of_name(page[-1].instance.name) if len(matching) > size else ""
-        revision = max([self._revision, *(supervisor.revision for supervisor in self._supervisors.values())])
-        return Page(page, token, revision)
-
-    async def wait(self, name: str, until: Rung | None, timeout_s: float) -> AsyncIterator[Progress]:
-        """Tells how an instance comes along until it reaches a rung; with None, until it is stopped or failed.
-
-        Raises:
-            NotFound: no such instance, or it was deleted meanwhile.
-            FailedPrecondition: it cannot come true any more, as the instance does not run.
-            DeadlineExceeded: time is up.
-        """
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        supervisor = self.find(name)
-        while not supervisor.deleted:
-            changed, instance = supervisor.changed, supervisor.instance
-            waiting_for = _waiting_for(instance, until)
-            yield Progress(_now(supervisor), waiting_for)
-            if not waiting_for:
-                return
-            if until and instance.state in DEAD_STATES and not instance.operation:
-                raise _never(instance, until)
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await changed.wait()
-            except TimeoutError as error:
-                raise DeadlineExceeded(
-                    f"{name!r} is {supervisor.instance.state}; waited {timeout_s:g} s for {waiting_for}",
-                    reason="WAIT_TIMEOUT",
-                    metadata={"name": name, "state": supervisor.instance.state},
-                ) from error
-        raise instance_not_found(name)
-
-    async def watch(self, from_revision: int, name: str) -> AsyncIterator[InstanceChange]:
-        """Every change of every instance, or of one, after a revision; from 0 on also how they are now.
-
-        Raises:
-            OutOfRange: the revision is older than the log, or has not been yet.
-        """
-        entries, revision = await self._world.store.list(INSTANCES)
-        if not 0 <= from_revision <= revision:
-            raise OutOfRange(
-                f"revision {from_revision} has not been: the store is at {revision}; list again and watch from there",
-                reason="REVISION_UNKNOWN",
-                metadata={"revision": revision},
-            )
-        if not from_revision:
-            for entry in entries:
-                if name in ("", entry.key.removeprefix(INSTANCES)):
-                    yield InstanceChange(ChangeKind.CURRENT, entry.mod_revision, decode_instance(entry.value))
-            yield InstanceChange(ChangeKind.SYNCED, revision)
-        try:
-            async for change in self._world.store.watch(INSTANCES, from_revision or revision):
-                if name not in ("", change.key.removeprefix(INSTANCES)):
-                    continue
-                kind = ChangeKind.CHANGED if change.value is not None else ChangeKind.DELETED
-                value = change.value if change.value is not None else change.previous
-                yield InstanceChange(kind, change.revision, decode_instance(value) if value else None)
-        except Compacted as error:
-            raise OutOfRange(
-                f"the changes after revision {from_revision} are no longer kept; list again and watch from there",
-                reason="REVISION_COMPACTED",
-                metadata={"compacted_revision": error.revision},
-            ) from error
+    @property
+    def supervisors(self) -> Collection[Supervisor]:
+        """Those of all instances there are."""
+        return [supervisor for supervisor in self._supervisors.values() if not supervisor.deleted]
 
     async def plan(self, spec: LaunchSpec) -> Plan:
         """What a launch would run; raises what the launch would raise before it makes anything."""
@@ -400,25 +262,14 @@ class Herd:
 
     async def _supervise(self, supervisor: Supervisor) -> None:
         await supervisor.run()
-        self._revision = max(self._revision, supervisor.revision)
         if self._supervisors.get(supervisor.instance.name) is supervisor:
             del self._supervisors[supervisor.instance.name]
 
     async def _replayed(self, request_id: str, fingerprint: str) -> Outcome | None:
         """What came of an earlier request with this id; waits for it where it is under way. None for a new one."""
-        while request_id:
-            entry = await self._world.store.get(request_key(request_id))
-            if not entry:
-                break
-            request = decode_request(entry.value)
-            if request.fingerprint != fingerprint:
-                raise InvalidArgument(
-                    f"request_id {request_id!r} was used for another request; take a new one for every request",
-                    reason="REQUEST_ID_REUSED",
-                    metadata={"request_id": request_id},
-                )
+        while request := await requests.find(self._world.store, request_id, fingerprint):
             if request.outcome:
-                return replace(request.outcome, revision=entry.mod_revision)
+                return request.outcome
             supervisor = self._supervisors.get(request.name)
             if not supervisor:
                 raise Unavailable("the first request with this id is being taken up; ask again", reason="TRY_AGAIN")
@@ -429,12 +280,8 @@ class Herd:
     async def _keep_house(self) -> None:
         """Forgets old requests and old changes, for the store must not grow for ever."""
         while True:
-            entries, revision = await self._world.store.list(REQUESTS)
-            oldest_s = time.time() - REQUESTS_KEPT_S
-            for entry in entries:
-                request = decode_request(entry.value)
-                if request.outcome and request.accepted_at_s < oldest_s:
-                    await self._world.store.transact([Put(entry.key, None)], [Compare(entry.key, entry.mod_revision)])
+            await requests.forget_old(self._world.store)
+            _, revision = await self._world.store.list(INSTANCES)
             await self._world.store.compact(max(0, revision - REVISIONS_KEPT))
             await asyncio.sleep(HOUSEKEEPING_PERIOD_S)
 
@@ -451,10 +298,6 @@ def _operation(verb: Verb, request_id: str, *, force: bool = False, grace_s: flo
     )
 
 
-def _now(supervisor: Supervisor) -> Snapshot:
-    return Snapshot(supervisor.instance, supervisor.revision)
-
-
 def _snapshot(outcome: Outcome) -> Snapshot:
     """The instance that a command left; raises the error that it came to."""
     if outcome.error:
@@ -468,41 +311,3 @@ def _not_stored(error: StoreError) -> ResourceExhausted:
     return ResourceExhausted(
         f"nothing was changed: {error}; is the disk of the state directory full?", reason="STORE_FAILED"
     )
-
-
-def _waiting_for(instance: Instance, until: Rung | None) -> str:
-    """What has to come true next; empty when all of it has."""
-    if until is None:
-        return "" if instance.state in DEAD_STATES and not instance.operation else "the instance to end"
-    reached = instance.readiness.reached or 0
-    return WAITING_FOR[Rung(reached + 1)] if reached < until else ""
-
-
-def _never(instance: Instance, until: Rung) -> FailedPrecondition:
-    exit_ = instance.last_exit
-    why = f": {exit_.detail}" if exit_ else ""
-    return FailedPrecondition(
-        f"{instance.name!r} is {instance.state} and will not reach {until.name}{why}",
-        reason="INSTANCE_FAILED" if instance.state is State.FAILED else "INSTANCE_STOPPED",
-        metadata={"name": instance.name, "state": instance.state}
-        | ({"cause": exit_.cause, "stderr_tail": exit_.stderr_tail} if exit_ else {}),
-    )
-
-
-def _has_labels(instance: Instance, wanted: Iterable[tuple[str, str, str]]) -> bool:
-    return all(
-        key in instance.labels and (not equals or instance.labels[key] == value) for key, equals, value in wanted
-    )
-
-
-def _token_of_name(name: str) -> str:
-    return base64.urlsafe_b64encode(name.encode()).decode()
-
-
-def _name_of_token(token: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
-    except (binascii.Error, UnicodeError) as error:
-        raise InvalidArgument.of(
-            [FieldViolation("page_token", "must be the next_page_token of an earlier page")]
-        ) from error

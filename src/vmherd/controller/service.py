@@ -9,8 +9,9 @@ import grpc
 from google.protobuf import empty_pb2
 
 from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, instance_pb2
-from vmherd.controller import convert
+from vmherd.controller import convert, views
 from vmherd.controller.herd import Herd
+from vmherd.controller.store import Store
 from vmherd.model.instance import Verb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,8 +20,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     """See protos/vmherd/api/v1/controller.proto."""
 
-    def __init__(self, herd: Herd) -> None:
+    def __init__(self, herd: Herd, store: Store) -> None:
         self._herd = herd
+        self._store = store
 
     async def Launch(self, request: controller_pb2.LaunchRequest, context: Context) -> instance_pb2.Instance:
         snapshot = await self._herd.launch(convert.launch_spec(request), convert.fingerprint(request))
@@ -65,11 +67,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         return empty_pb2.Empty()
 
     async def Info(self, request: controller_pb2.InfoRequest, context: Context) -> instance_pb2.Instance:
-        return convert.instance_message(self._herd.info(request.name))
+        return convert.instance_message(views.snapshot_of(self._herd.find(request.name)))
 
     async def List(self, request: controller_pb2.ListRequest, context: Context) -> controller_pb2.ListResponse:
-        page = self._herd.list(
-            page_size=request.page_size, page_token=request.page_token, label_selector=request.label_selector
+        page = views.page_of(
+            self._herd.supervisors,
+            page_size=request.page_size,
+            page_token=request.page_token,
+            label_selector=request.label_selector,
         )
         return controller_pb2.ListResponse(
             instances=[convert.instance_message(snapshot) for snapshot in page.snapshots],
@@ -87,13 +92,13 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.WaitRequest, context: Context
     ) -> AsyncIterator[controller_pb2.WaitResponse]:
         timeout_s = convert.seconds(request, "timeout", default_s=convert.WAIT_TIMEOUT_DEFAULT_S)
-        async for progress in self._herd.wait(request.name, convert.rung_of(request.until), timeout_s):
+        async for progress in views.wait(self._herd.find(request.name), convert.rung_of(request.until), timeout_s):
             yield convert.wait_message(progress)
 
     async def Watch(
         self, request: controller_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[controller_pb2.WatchResponse]:
-        async for change in self._herd.watch(request.from_revision, request.name):
+        async for change in views.watch(self._store, request.from_revision, request.name):
             yield convert.watch_message(change)
 
     async def Plan(self, request: controller_pb2.PlanRequest, context: Context) -> controller_pb2.PlanResponse:

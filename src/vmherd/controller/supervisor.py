@@ -16,30 +16,21 @@ from dataclasses import dataclass, replace
 import structlog
 from google.protobuf import json_format
 
-from vmherd.controller import driver
+from vmherd.controller import driver, requests
+from vmherd.controller.admission import admit, check_state
 from vmherd.controller.exits import judge
 from vmherd.controller.helper import Helper, Process
 from vmherd.controller.monitor import AGENT_PORT, Monitor
 from vmherd.controller.probe import probe
-from vmherd.controller.records import (
-    Outcome,
-    Request,
-    decode_request,
-    encode_instance,
-    encode_request,
-    instance_key,
-    request_key,
-)
-from vmherd.controller.store import Compare, Put, Store, StoreError
+from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
+from vmherd.controller.store import Put, Store, StoreError
 from vmherd.guest_agent import GuestAgent
 from vmherd.image.registry import ImageRegistry
 from vmherd.model import lifecycle
 from vmherd.model.errors import (
     Aborted,
     DeadlineExceeded,
-    FailedPrecondition,
     InternalError,
-    Unavailable,
     VmherdError,
     illegal_transition,
 )
@@ -53,9 +44,6 @@ _log = structlog.get_logger()
 
 STARTING_VERBS = frozenset({Verb.LAUNCH, Verb.START})
 STOPPING_VERBS = frozenset({Verb.STOP, Verb.RESTART})
-JOINABLE_VERBS = frozenset({Verb.STOP, Verb.DELETE})
-"""Asked for again while it is under way, one of these joins the first."""
-
 AGENT_STATES = frozenset({State.RUNNING, State.STOPPING})
 """States in which a guest agent can answer."""
 
@@ -147,27 +135,14 @@ class Supervisor:
         """Lets the virtual CPUs run on."""
         await self._toggle(Event.RESUME, "resume", "cont")
 
-    def check_legal(self, event: Event, verb: str) -> None:
-        """Raises `FailedPrecondition` when the instance's state forbids a command."""
-        legal = lifecycle.legal_states(event)
-        if self.instance.state not in legal:
-            raise illegal_transition(self.instance.name, verb, self.instance.state, legal)
-
     def open_agent(self) -> GuestAgent:
         """The guest agent's client, for a command right now.
 
         Raises:
             FailedPrecondition: the instance does not run.
-            Unavailable: nobody in the guest listens.
         """
         if self.instance.state not in AGENT_STATES:
             raise illegal_transition(self.instance.name, "ask the guest agent of", self.instance.state, AGENT_STATES)
-        if not self.agent_open:
-            raise Unavailable(
-                f"no guest agent has opened its port in {self.instance.name!r}; wait, or install qemu-guest-agent",
-                reason="AGENT_NOT_RUNNING",
-                metadata={"name": self.instance.name},
-            )
         return self.agent
 
     @property
@@ -254,17 +229,17 @@ class Supervisor:
         self, asked: Operation, request: Request | None, accepted: asyncio.Future[asyncio.Future[Outcome]]
     ) -> None:
         try:
-            operation, superseded = self._admit(asked)
+            operation, superseded = admit(self.instance, asked)
             instance = self._begun(replace(self.instance, operation=operation))
             puts = [Put(instance_key(instance.name), encode_instance(instance))]
             compares = []
             if request:
-                key = request_key(asked.request_ids[0])
-                puts.append(Put(key, encode_request(replace(request, operation_id=operation.id))))
-                compares.append(Compare(key, 0))
+                put, compare = requests.beginning(asked.request_ids[0], replace(request, operation_id=operation.id))
+                puts.append(put)
+                compares.append(compare)
             lost = _superseded(asked)
             if superseded:
-                puts += await self._outcome_puts(superseded, lost)
+                puts += await requests.ending(self.world.store, superseded, lost)
             self.revision = await self.world.store.transact(puts, compares)
         except (VmherdError, StoreError) as error:
             if not accepted.cancelled():
@@ -283,30 +258,6 @@ class Supervisor:
         if not accepted.cancelled():
             accepted.set_result(outcome)
         self._notify()
-
-    def _admit(self, asked: Operation) -> tuple[Operation, Operation | None]:
-        """The operation to carry out, and the one that it puts an end to; raises when the state forbids it."""
-        state, current = self.instance.state, self.instance.operation
-        if asked.verb is Verb.DELETE:
-            if state is State.UNKNOWN or (state in lifecycle.ACTIVE and not asked.force):
-                legal = {State.STOPPED, State.FAILED} if not asked.force else set(State) - {State.UNKNOWN}
-                hint = "; stop it first, or delete with force" if not asked.force else ""
-                error = illegal_transition(self.instance.name, "delete", state, legal)
-                raise FailedPrecondition(error.message + hint, reason=error.reason, metadata=error.metadata)
-        else:
-            self.check_legal(Event.START if asked.verb is Verb.START else Event.STOP, asked.verb)
-        if not current:
-            return asked, None
-        if current.verb is asked.verb and current.verb in JOINABLE_VERBS:
-            joined = (*current.request_ids, *asked.request_ids)
-            return replace(current, request_ids=joined, force=current.force or asked.force), None
-        if asked.verb in JOINABLE_VERBS and current.verb is not Verb.DELETE:
-            return asked, current
-        raise FailedPrecondition(
-            f"cannot {asked.verb} {self.instance.name!r}: a {current.verb} is under way; wait until it is done",
-            reason="OPERATION_UNDER_WAY",
-            metadata={"name": self.instance.name, "operation": current.verb},
-        )
 
     def _begun(self, instance: Instance) -> Instance:
         operation = instance.operation
@@ -340,25 +291,17 @@ class Supervisor:
         instance = replace(self.instance, operation=None)
         deleted = operation.verb is Verb.DELETE and error is None
         outcome = _failed(error) if error else Outcome(instance)
-        key = instance_key(instance.name)
-        await self._commit(
-            lambda: self._with_outcome(Put(key, None if deleted else encode_instance(instance)), operation, outcome)
-        )
+
+        async def puts() -> list[Put]:
+            value = None if deleted else encode_instance(instance)
+            ending = await requests.ending(self.world.store, operation, outcome)
+            return [Put(instance_key(instance.name), value), *ending]
+
+        await self._commit(puts)
         self.instance = instance
         self.deleted = deleted
         self._outcomes.pop(operation.id).set_result(replace(outcome, revision=self.revision))
         self._notify()
-
-    async def _with_outcome(self, put: Put, operation: Operation, outcome: Outcome) -> list[Put]:
-        return [put, *await self._outcome_puts(operation, outcome)]
-
-    async def _outcome_puts(self, operation: Operation, outcome: Outcome) -> list[Put]:
-        entries = [await self.world.store.get(request_key(request_id)) for request_id in operation.request_ids]
-        return [
-            Put(entry.key, encode_request(replace(decode_request(entry.value), outcome=outcome)))
-            for entry in entries
-            if entry
-        ]
 
     # Messages: what was seen.
 
@@ -431,12 +374,13 @@ class Supervisor:
 
     async def _on_agent(self, *, is_open: bool) -> None:
         if is_open and not self.agent_open:
-            self._probing = asyncio.create_task(probe(self))
+            self._probing = asyncio.create_task(probe(self))  # begins after this message
         if not is_open:
             await _cancelled(self._probing)
             self._probing = None
             await self._save(replace(self.instance, readiness=self.instance.readiness.fall(Rung.QMP), addresses=()))
         self.agent_open = is_open
+        self.agent.set_port_open(is_open)
 
     _EVENTS: Mapping[str, Callable[[Supervisor, Mapping[str, object]], Awaitable[None]]] = {
         "STOP": lambda self, _: self._on_event(Event.PAUSE),
@@ -478,7 +422,7 @@ class Supervisor:
         self._changed = asyncio.Event()
 
     async def _toggle(self, event: Event, verb: str, command: str) -> None:
-        self.check_legal(event, verb)
+        check_state(self.instance, event, verb)
         before = self.instance.state
         await self.monitor.execute(command)
         try:

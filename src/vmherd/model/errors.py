@@ -37,8 +37,7 @@ class VmherdError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        if reason is not None:
-            self.reason = reason
+        self.reason = reason or type(self).reason
         self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
 
 

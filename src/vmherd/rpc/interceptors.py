@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import structlog
@@ -16,9 +16,10 @@ from vmherd.rpc.status import DETAILS_KEY, to_status
 
 _log = structlog.get_logger()
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
-Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:  # grpc's classes are generic in their type stubs alone
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 async def _abort(context: Context, error: VmherdError) -> NoReturn:

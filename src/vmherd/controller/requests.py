@@ -1,0 +1,59 @@
+"""Commands that are carried out exactly once: what came of each request id, kept beside the instances."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from vmherd.controller.records import REQUESTS, Outcome, Request, decode_request, encode_request, request_key
+from vmherd.controller.store import Compare, Put, Store
+from vmherd.model.errors import InvalidArgument
+from vmherd.model.instance import Operation
+
+KEPT_S = 24 * 3600.0
+
+
+async def find(store: Store, request_id: str, fingerprint: str) -> Request | None:
+    """The earlier request with this id, with its outcome if it has come to one; None for a new id.
+
+    Raises:
+        InvalidArgument: the id was used for another request.
+    """
+    entry = await store.get(request_key(request_id)) if request_id else None
+    if not entry:
+        return None
+    request = decode_request(entry.value)
+    if request.fingerprint != fingerprint:
+        raise InvalidArgument(
+            f"request_id {request_id!r} was used for another request; take a new one for every request",
+            reason="REQUEST_ID_REUSED",
+            metadata={"request_id": request_id},
+        )
+    if request.outcome:
+        return replace(request, outcome=replace(request.outcome, revision=entry.mod_revision))
+    return request
+
+
+def beginning(request_id: str, request: Request) -> tuple[Put, Compare]:
+    """What stores a request at the moment it is accepted, if its id is still new then."""
+    key = request_key(request_id)
+    return Put(key, encode_request(request)), Compare(key, 0)
+
+
+async def ending(store: Store, operation: Operation, outcome: Outcome) -> list[Put]:
+    """What stores the outcome of an operation for all who asked for it with a request id."""
+    entries = [await store.get(request_key(request_id)) for request_id in operation.request_ids]
+    return [
+        Put(entry.key, encode_request(replace(decode_request(entry.value), outcome=outcome)))
+        for entry in entries
+        if entry
+    ]
+
+
+async def forget_old(store: Store) -> None:
+    """Removes the requests that came to their end long ago."""
+    entries, _ = await store.list(REQUESTS)
+    for entry in entries:
+        request = decode_request(entry.value)
+        if request.outcome and request.accepted_at_s < time.time() - KEPT_S:
+            await store.transact([Put(entry.key, None)], [Compare(entry.key, entry.mod_revision)])

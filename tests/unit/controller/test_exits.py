@@ -1,0 +1,50 @@
+"""Why QEMU ended: every combination of evidence that was seen in practice."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmherd.controller.exits import judge
+from vmherd.controller.helper import Process
+from vmherd.model.instance import Cause, StopStep
+from vmherd.model.lifecycle import Event
+
+
+def ended(exit_code: int | None = None, signal: int | None = None) -> Process:
+    return Process("uid", 1, 42, ended_at_s=7.0, exit_code=exit_code, signal=signal, stderr_tail="tail")
+
+
+@pytest.mark.parametrize(
+    ("process", "stop_step", "stopping", "reason", "event", "cause"),
+    [
+        (ended(0), StopStep.AGENT, True, "guest-shutdown", Event.ENDED, Cause.STOPPED),
+        (ended(0), StopStep.QUIT, True, "host-qmp-quit", Event.ENDED, Cause.STOPPED),
+        (ended(signal=9), StopStep.KILL, True, "", Event.ENDED, Cause.STOPPED),
+        (ended(), StopStep.KILL, True, "", Event.ENDED, Cause.STOPPED),
+        (ended(signal=9), StopStep.AGENT, True, "", Event.DIED, Cause.CRASHED),
+        (ended(signal=11), None, False, "", Event.DIED, Cause.CRASHED),
+        (ended(1), None, False, "", Event.DIED, Cause.CRASHED),
+        (ended(0), None, False, "guest-shutdown", Event.ENDED, Cause.GUEST_SHUTDOWN),
+        (ended(0), None, False, "", Event.ENDED, Cause.GUEST_SHUTDOWN),
+        (ended(0), None, False, "guest-panic", Event.DIED, Cause.GUEST_PANIC),
+        (ended(0), StopStep.AGENT, True, "guest-panic", Event.DIED, Cause.GUEST_PANIC),
+        (ended(0), None, False, "host-signal", Event.DIED, Cause.CRASHED),
+        (ended(), None, False, "guest-shutdown", Event.ENDED, Cause.GUEST_SHUTDOWN),
+        (ended(), None, True, "", Event.ENDED, Cause.STOPPED),
+        (ended(), None, False, "", Event.DIED, Cause.VANISHED),
+    ],
+)
+def test_judge(
+    process: Process, stop_step: StopStep | None, stopping: bool, reason: str, event: Event, cause: Cause
+) -> None:
+    happened, exit_ = judge(process, stop_step=stop_step, stopping=stopping, shutdown_reason=reason)
+    assert (happened, exit_.cause) == (event, cause)
+    assert exit_.stop_step == (stop_step if cause is Cause.STOPPED else None)
+    assert (exit_.exit_code, exit_.signal, exit_.stderr_tail) == (process.exit_code, process.signal, "tail")
+    assert exit_.detail
+    assert exit_.ended_at_s == 7.0
+
+
+def test_a_signal_is_named() -> None:
+    _, exit_ = judge(ended(signal=11), stop_step=None, stopping=False, shutdown_reason="")
+    assert "SIGSEGV (signal 11)" in exit_.detail

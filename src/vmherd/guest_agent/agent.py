@@ -1,0 +1,178 @@
+"""The public face of a guest agent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from vmherd.guest_agent.channel import Channel
+from vmherd.guest_agent.errors import (
+    AgentError,
+    AgentFrozen,
+    AgentUnavailable,
+    CommandDisabled,
+    CommandFailed,
+    CommandNotFound,
+    CommandUnavailable,
+    ProtocolError,
+)
+from vmherd.guest_agent.wire import MAX_LINE_BYTES, Failure, MalformedReply, Success, member
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class CommandInfo:
+    """What the agent says of one of its commands."""
+
+    enabled: bool
+    success_response: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AgentInfo:
+    """What the agent says of itself: its version, and its commands by name."""
+
+    version: str
+    commands: Mapping[str, CommandInfo]
+
+
+class GuestAgent:
+    """A QEMU guest agent, reached through the unix socket of its channel.
+
+    ::
+
+        async with GuestAgent("/run/vm/agent.sock") as agent:
+            print(await agent.execute("guest-get-osinfo", timeout_s=5))
+
+    Nothing is connected before the first call. An agent hears one client at a time, so make one GuestAgent for each
+    socket and share it. Any number of tasks may call; the agent works on one call at a time, in the order in which
+    they came. A call that is cancelled or misses its deadline never disturbs another.
+
+    Every call raises AgentUnavailable or one of its kinds if the agent cannot be reached, CommandUnavailable or one of
+    its kinds if the agent does not run the command, CommandFailed if it tried and failed, and ProtocolError if it
+    answers nonsense. `max_reply_bytes` bounds what one reply may take.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, max_reply_bytes: int = MAX_LINE_BYTES) -> None:
+        self._channel = Channel(os.fspath(path), max_reply_bytes=max_reply_bytes)
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float) -> object:
+        """Run one of the agent's commands and give its JSON value as it came, with exact integers.
+
+        The deadline covers the wait for earlier calls too. Commands that never report success need `send`.
+        Raises TypeError or ValueError for arguments that JSON cannot carry.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        reply = await self._channel.call(command, arguments, timeout_s=timeout_s)
+        if isinstance(reply, Success):
+            return reply.value
+        if reply.error_class != "CommandNotFound":
+            raise CommandFailed(reply.error_class, reply.desc, command=command, elapsed_s=loop.time() - started)
+        kind = await self._refusal(command, timeout_s=started + timeout_s - loop.time())
+        raise kind(f"{command}: {reply.desc}", command=command, elapsed_s=loop.time() - started)
+
+    async def send(self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float) -> None:
+        """Send a command that the agent answers only if it fails: guest-shutdown and guest-suspend-*.
+
+        Returns when the agent had until the deadline to report an error, or its connection closed. That the command
+        was carried out is seen elsewhere: by QMP events, or by the end of the VM.
+        """
+        try:
+            await self.execute(command, arguments, timeout_s=timeout_s)
+        except AgentUnavailable as silence:
+            if not silence.outcome_unknown:
+                raise
+
+    async def ask(
+        self,
+        command: str,
+        parse: Callable[[object], T],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float,
+    ) -> T:
+        """Run a command and give its value as `parse` understands it.
+
+        Where `parse` raises MalformedReply the caller gets ProtocolError.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        value = await self.execute(command, arguments, timeout_s=timeout_s)
+        try:
+            return parse(value)
+        except MalformedReply as error:
+            raise ProtocolError(
+                f"{command}: not the value it should be: {error}",
+                command=command,
+                elapsed_s=loop.time() - started,
+            ) from error
+
+    async def ping(self, *, timeout_s: float) -> None:
+        """Return once the agent answers."""
+        await self.execute("guest-ping", timeout_s=timeout_s)
+
+    async def info(self, *, timeout_s: float) -> AgentInfo:
+        """Ask the agent for its version and for the commands that it has and runs right now."""
+        return await self.ask("guest-info", _parse_info, timeout_s=timeout_s)
+
+    def set_port_open(self, port_open: bool | None) -> None:
+        """Say whether an agent in the guest holds its end of the channel open; None if that is not known.
+
+        Only QEMU knows: `frontend-open` of `query-chardev`, and the event VSERPORT_CHANGE. While it is closed every
+        call raises AgentNotRunning at once, also one that is waiting for its reply.
+        """
+        self._channel.set_port_open(port_open)
+
+    async def close(self) -> None:
+        """Close the connection for good: calls on their way, and later ones, raise AgentNotConnected."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _refusal(self, command: str, *, timeout_s: float) -> type[CommandUnavailable]:
+        """Find out why the agent does not run `command`.
+
+        Its error has one class for all reasons and a text for each version, so this asks guest-info.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        try:
+            info = await self._channel.call("guest-info", None, timeout_s=timeout_s)
+            if isinstance(info, Failure):
+                return CommandUnavailable
+            known = _parse_info(info.value).commands.get(command)
+            if known is None:
+                return CommandNotFound
+            status = await self._channel.call("guest-fsfreeze-status", None, timeout_s=deadline - loop.time())
+        except (AgentError, MalformedReply):
+            # The refusal itself is certain and is what the caller has to hear of.
+            return CommandUnavailable
+        if isinstance(status, Success) and status.value == "frozen":
+            return AgentFrozen
+        return CommandUnavailable if known.enabled else CommandDisabled
+
+
+def _parse_info(value: object) -> AgentInfo:
+    commands = member(value, "supported_commands", list)
+    return AgentInfo(
+        version=member(value, "version", str),
+        commands={
+            member(command, "name", str): CommandInfo(
+                enabled=member(command, "enabled", bool),
+                success_response=member(command, "success-response", bool),
+            )
+            for command in commands
+        },
+    )

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import grpc
 
+ANSWER_MAX_BYTES = 160 * 1024 * 1024
+"""Room for the largest answer there is: two outputs of 16 MiB, each as bytes and as text of three bytes for each."""
+
 OPTIONS = (
     # gRPC waits up to two minutes between attempts; with this the first call after a restart of the peer succeeds.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_receive_message_length", ANSWER_MAX_BYTES),
     # The peer is on this host: no proxy of the environment lies in between.
     ("grpc.enable_http_proxy", 0),
 )

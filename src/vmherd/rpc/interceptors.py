@@ -87,18 +87,15 @@ class TokenOnTcp(grpc.aio.ServerInterceptor):
     """Asks callers for the bearer token, except on the unix socket, whose file mode says who may connect."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+        self._expected = token.encode()
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
         """Lets the call through, or answers UNAUTHENTICATED in its place."""
-        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
-        if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
-            return await continuation(handler_call_details)
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
+        if handler is None or self._shown_in(handler_call_details):
+            return handler
 
         async def refuse(_request: Any, context: Context) -> Any:
             await _abort(
@@ -114,3 +111,8 @@ class TokenOnTcp(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    def _shown_in(self, handler_call_details: grpc.HandlerCallDetails) -> bool:
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        scheme, _, shown = str(metadata.get("authorization", "")).partition(" ")
+        return hmac.compare_digest(shown.encode(), self._expected) and scheme.lower() == "bearer"

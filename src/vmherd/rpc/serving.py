@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vmherd.model.errors import FailedPrecondition
@@ -20,7 +20,8 @@ from vmherd.rpc.interceptors import ErrorsToStatus, TokenOnTcp
 
 SHUTDOWN_GRACE_S = 0.5
 SOCKET_MODE = 0o660
-MESSAGE_MAX_BYTES = 64 * 1024 * 1024
+MESSAGE_MAX_BYTES = 32 * 1024 * 1024
+"""Room for the largest request there is: a command with 16 MiB of standard input."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
@@ -52,7 +53,7 @@ def owned_socket(path: Path) -> Iterator[None]:
     """Owns a unix socket's path: a second server there would take its callers, and each would remove the other's file.
 
     Raises:
-        FailedPrecondition: another process serves this path, or the path is too long or not writable.
+        FailedPrecondition: another process serves this path, something else is there, or it cannot be made.
     """
     check_socket_path(path)
     lock_path = Path(f"{path}.lock")
@@ -74,11 +75,15 @@ def owned_socket(path: Path) -> Iterator[None]:
             raise FailedPrecondition(
                 f"another process serves {path}; end it first or choose another run directory", reason="SOCKET_IN_USE"
             )
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(lock_path.unlink, missing_ok=True)
+            if path.exists() and not path.is_socket():
+                raise FailedPrecondition(
+                    f"cannot make the socket {path}: something else is there; remove it or choose another path",
+                    reason="SOCKET_NOT_WRITABLE",
+                )
+            stack.callback(path.unlink, missing_ok=True)
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            lock_path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -97,8 +102,9 @@ async def _running(
     server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    for add in services.values():
+    for name, add in services.items():
         add(server)
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with _new_files_have(SOCKET_MODE):
         try:

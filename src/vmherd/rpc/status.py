@@ -18,6 +18,13 @@ from vmherd.model.errors import FieldViolation, VmherdError
 DOMAIN = "vmherd"
 DETAILS_KEY = "grpc-status-details-bin"
 
+# A status travels in HTTP/2 headers, of which gRPC takes 8 KiB in all, and much of an error's text may come from a
+# client or a guest. The message stands there up to three times, once of it percent-encoded.
+TEXT_MAX_BYTES = 800
+VIOLATIONS_MAX = 8
+VIOLATION_FIELD_MAX_BYTES = 80
+VIOLATION_DESCRIPTION_MAX_BYTES = 240
+
 CODES: dict[type[VmherdError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
@@ -44,36 +51,49 @@ def number_of(code: grpc.StatusCode) -> int:
 
 
 def to_status(error: VmherdError) -> status_pb2.Status:
-    """The error as a `google.rpc.Status`."""
+    """The error as a `google.rpc.Status`, its texts cut where they are too long for the wire."""
     code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    message = _cut(error.message)
+    metadata = {key: _cut(value) for key, value in error.metadata.items()}
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if isinstance(error, errors.InvalidArgument) and error.violations:
         details.append(
             error_details_pb2.BadRequest(
                 field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                    for v in error.violations
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=_cut(v.field, VIOLATION_FIELD_MAX_BYTES),
+                        description=_cut(v.description, VIOLATION_DESCRIPTION_MAX_BYTES),
+                    )
+                    for v in error.violations[:VIOLATIONS_MAX]
                 ]
             )
         )
     if isinstance(error, errors.FailedPrecondition):
         violation = error_details_pb2.PreconditionFailure.Violation(
-            type=error.reason, subject=error.metadata.get("name", ""), description=error.message
+            type=error.reason, subject=metadata.get("name", ""), description=message
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
-    if isinstance(error, errors.NotFound | errors.AlreadyExists) and "name" in error.metadata:
+    if isinstance(error, errors.NotFound | errors.AlreadyExists) and "name" in metadata:
         details.append(
             error_details_pb2.ResourceInfo(
-                resource_type=f"{DOMAIN}/{error.metadata.get('type', 'instance')}",
-                resource_name=error.metadata["name"],
-                description=error.message,
+                resource_type=f"{DOMAIN}/{metadata.get('type', 'instance')}",
+                resource_name=metadata["name"],
+                description=message,
             )
         )
     if isinstance(error, errors.Unavailable):
         delay = duration_pb2.Duration()
         delay.FromTimedelta(timedelta(seconds=error.retry_delay_s))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    return status_pb2.Status(code=number_of(code), message=error.message, details=[_pack(d) for d in details])
+    return status_pb2.Status(code=number_of(code), message=message, details=[_pack(d) for d in details])
+
+
+def _cut(text: str, max_bytes: int = TEXT_MAX_BYTES) -> str:
+    """As much of the text as fits. Protobuf takes no half of a surrogate pair, and a file name may hold one."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    return encoded[: max_bytes - len("…".encode())].decode("utf-8", "ignore") + "…"
 
 
 def _pack(message: Message) -> any_pb2.Any:

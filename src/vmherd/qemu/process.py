@@ -1,0 +1,143 @@
+"""A QEMU process as it is recorded, and how it is recognised again after the helper was restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+STDERR_TAIL_BYTES = 4096
+STDERR_TAIL_LINES = 20
+PID_MAX = 1 << 22
+"""PID_MAX_LIMIT of Linux; proc_sys_kernel(5)."""
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A QEMU process: one that is about to start, one that runs, or one that ended."""
+
+    uid: str
+    name: str
+    generation: int
+    argv: tuple[str, ...]
+    boot_id: str
+    started_at_s: float
+    """Seconds since the epoch."""
+    pid: int | None = None
+    start_ticks: int | None = None
+    """When it started, in clock ticks since boot: with the boot id and the pid it names the process for good."""
+    ended_at_s: float | None = None
+    exit_code: int | None = None
+    """None as well where the helper was not its parent."""
+    signal: int | None = None
+    stderr_tail: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.ended_at_s is not None
+
+    def end(self) -> str:
+        """How it ended, in words."""
+        if self.signal is not None:
+            return f"was ended by signal {self.signal} ({signal.strsignal(self.signal)})"
+        return "ended" if self.exit_code is None else f"exited with code {self.exit_code}"
+
+
+_KINDS = get_type_hints(Process) | {"argv": tuple}
+
+
+def temporary(path: Path) -> Path:
+    """Where a record is written before it takes its name."""
+    return path.with_suffix(".tmp")
+
+
+def write_record(path: Path, process: Process) -> None:
+    """Writes a process's record in one step: a reader sees the old one or the new one.
+
+    Raises:
+        OSError: there is no room, or no directory.
+    """
+    with temporary(path).open("w") as file:
+        json.dump(asdict(process), file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary(path).replace(path)
+
+
+def read_record(path: Path) -> Process:
+    """The process of a record.
+
+    Raises:
+        ValueError: the file is not a record.
+        OSError: it cannot be read.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+        process = Process(**fields | {"argv": tuple(fields["argv"])})
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a process: {error!r}") from error
+    for name, kind in _KINDS.items():
+        if not isinstance(getattr(process, name), kind):
+            raise ValueError(f"{name} has the wrong type")
+    if process.pid is not None and not 0 < process.pid <= PID_MAX:
+        raise ValueError(f"{process.pid} is no pid")
+    return process
+
+
+def boot_id() -> str:
+    """Which boot of the host this is."""
+    return BOOT_ID.read_text().strip()
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot, or None if there is none: field 22 of proc_pid_stat(5)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Field 2, the program's name, may hold spaces and parentheses; the last one closes it.
+    return int(stat.rpartition(b")")[2].split()[22 - 3])
+
+
+def open_pidfd(pid: int, ticks: int | None) -> int | None:
+    """A pidfd of the process that got this pid at this time; None if it is gone, whoever has its pid now."""
+    if start_ticks(pid) != ticks:
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    # The pid may have become another's since the first look. The pidfd cannot.
+    if start_ticks(pid) == ticks:
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def find_pid(argv: tuple[str, ...]) -> int | None:
+    """The pid of the process with this very command line, which holds a uid and so is nobody else's."""
+    wanted = b"".join(os.fsencode(word) + b"\0" for word in argv)
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes() == wanted:
+                return int(pid)
+    return None
+
+
+def stderr_tail(path: Path) -> str:
+    """The last lines that QEMU wrote, without control characters: a guest can make QEMU write what it likes."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
+            lines = file.read(STDERR_TAIL_BYTES).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    printable = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
+    return "\n".join(list(printable)[-STDERR_TAIL_LINES:])

@@ -1,0 +1,361 @@
+"""The QEMU processes of this host: started, found again, watched, ended and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import structlog
+
+from vmherd.model.errors import FailedPrecondition, NotFound, Unavailable
+from vmherd.model.layout import InstanceRun, RunDirectory
+from vmherd.model.machine import Machine
+from vmherd.qemu.process import (
+    Process,
+    boot_id,
+    find_pid,
+    open_pidfd,
+    read_record,
+    start_ticks,
+    stderr_tail,
+    temporary,
+    write_record,
+)
+
+START_DEADLINE_S = 10.0
+START_POLL_S = 0.01
+KILL_DEADLINE_S = 10.0
+ERROR_TAIL_MAX_CHARACTERS = 500
+"""An error's text is cut at its end where it is too long, and the last lines say most; the record has all of them."""
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What the helper holds of a process that runs. The pidfd stays this process's, whatever becomes of its pid."""
+
+    pidfd: int
+    child: subprocess.Popen[bytes] | None
+    """None for a process of an earlier helper."""
+    ended: asyncio.Future[Process]
+
+
+@dataclass(eq=False)
+class _Watcher:
+    """The news that one watcher has not seen. A slow one misses steps in between, never the last."""
+
+    news: dict[str, Process] = field(default_factory=dict)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ProcessTable:
+    """The processes below one run directory. It lives in an event loop; one helper at a time may have it."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._processes: dict[str, Process] = {}
+        self._running: dict[str, _Running] = {}
+        self._watchers: set[_Watcher] = set()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def adopt(self) -> None:
+        """Takes over what earlier helpers recorded. A record that cannot be read is left for a person to look at."""
+        for path in sorted(self._directory.instances.iterdir()):
+            run = InstanceRun(path)
+            try:
+                process = read_record(run.process)
+                if process.uid != path.name:
+                    raise ValueError(f"the record of {process.uid}")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                _log.error("record not readable", path=str(run.process), why=str(error))
+                continue
+            self._adopt(process, run)
+
+    def _adopt(self, process: Process, run: InstanceRun) -> None:
+        pid, ticks = process.pid, process.start_ticks
+        if pid is None:
+            # The helper ended between this record and the start, or between the start and the record of the pid.
+            pid = find_pid(process.argv)
+            if pid is None:
+                with contextlib.suppress(OSError):
+                    _clear(run)
+                return
+            ticks = start_ticks(pid)
+            process = replace(process, pid=pid, start_ticks=ticks)
+        if not process.ended:
+            pidfd = open_pidfd(pid, ticks) if process.boot_id == boot_id() else None
+            if pidfd is None:
+                process = replace(process, ended_at_s=time.time(), stderr_tail=stderr_tail(run.stderr))
+            else:
+                self._watch(process.uid, pidfd, child=None)
+        _log.info("adopted", uid=process.uid, pid=process.pid, running=not process.ended)
+        self._put(process)
+
+    def close(self) -> None:
+        """Lets go of the processes, which run on."""
+        for uid in tuple(self._running):
+            self._unwatch(uid)
+
+    def list(self) -> tuple[Process, ...]:
+        """The processes that run and those that ended and were not released."""
+        return tuple(self._processes.values())
+
+    async def watch(self) -> AsyncGenerator[Process | None, None]:
+        """Every process as it is, then None, then every process that starts or ends; without an end."""
+        watcher = _Watcher()
+        self._watchers.add(watcher)
+        try:
+            for process in self.list():
+                yield process
+            yield None
+            while True:
+                await watcher.arrived.wait()
+                watcher.arrived.clear()
+                news, watcher.news = watcher.news, {}
+                for process in news.values():
+                    yield process
+        finally:
+            self._watchers.discard(watcher)
+
+    async def start(self, machine: Machine, plan: Callable[[], Awaitable[tuple[str, ...]]]) -> Process:
+        """Starts a machine with the command line that `plan` gives, and answers once QEMU does, or after 10 s.
+
+        The same uid and generation again answers with the process there is, whether it runs or ended.
+
+        Raises:
+            FailedPrecondition: it ended at once (`QEMU_DID_NOT_START`), or another generation is in the way.
+        """
+        async with self._lock(machine.uid):
+            current = self._processes.get(machine.uid)
+            if current is not None and current.generation == machine.generation:
+                return current
+            if current is not None and not (current.ended and current.generation < machine.generation):
+                raise _other_generation(current, machine.generation)
+            run = self._directory.instance(machine.uid)
+            self._refuse_unreadable(machine.uid, run)
+            running = self._spawn(machine, await plan(), run)
+            await _until_up(run.qmp, running.ended)
+            process = self._processes[machine.uid]
+            if process.ended:
+                raise _did_not_start(machine.name, f"QEMU {process.end()}", process.stderr_tail)
+            return process
+
+    async def stop(self, uid: str, generation: int, *, grace_s: float) -> Process:
+        """Ends a process: SIGTERM, and SIGKILL after the grace; without any grace SIGKILL at once.
+
+        Raises:
+            NotFound: there is no such process.
+            FailedPrecondition: another generation is there.
+            Unavailable: the kernel has not ended it in 10 s.
+        """
+        process = self._processes.get(uid)
+        if process is None:
+            raise NotFound(
+                f"no process of {uid} is known", reason="PROCESS_NOT_FOUND", metadata={"name": uid, "type": "process"}
+            )
+        if process.generation != generation:
+            raise _other_generation(process, generation)
+        running = self._running.get(uid)
+        if running is not None:
+            if grace_s > 0:
+                _send(running, signal.SIGTERM)
+                await asyncio.wait({running.ended}, timeout=grace_s)
+            if not running.ended.done():
+                _send(running, signal.SIGKILL)
+                await asyncio.wait({running.ended}, timeout=KILL_DEADLINE_S)
+            if not running.ended.done():
+                raise Unavailable(
+                    f"process {process.pid} of {process.name!r} is still there {KILL_DEADLINE_S:g} s after SIGKILL; "
+                    "the kernel holds it, as it does while a disk or a file server does not answer",
+                    reason="PROCESS_STUCK",
+                )
+            process = running.ended.result()
+        return process
+
+    async def release(self, uid: str) -> None:
+        """Forgets an ended process and removes its run directory. There may be neither.
+
+        Raises:
+            FailedPrecondition: it runs, its record cannot be read, or its directory holds foreign files.
+        """
+        async with self._lock(uid):
+            process = self._processes.get(uid)
+            if process is not None and not process.ended:
+                raise FailedPrecondition(
+                    f"{process.name!r} runs as process {process.pid}; stop it first", reason="PROCESS_RUNS"
+                )
+            run = self._directory.instance(uid)
+            self._refuse_unreadable(uid, run)
+            try:
+                _clear(run)
+            except OSError as error:
+                raise FailedPrecondition(
+                    f"cannot remove {run.path}: {error.strerror}; look what is in it and remove it by hand",
+                    reason="RUN_DIRECTORY_NOT_REMOVED",
+                ) from error
+            self._processes.pop(uid, None)
+
+    def _lock(self, uid: str) -> asyncio.Lock:
+        return self._locks.setdefault(uid, asyncio.Lock())
+
+    def _refuse_unreadable(self, uid: str, run: InstanceRun) -> None:
+        if uid not in self._processes and run.process.exists():
+            raise FailedPrecondition(
+                f"the record {run.process} cannot be read, so nobody knows whether QEMU runs; "
+                f"end the QEMU with -uuid {uid} if there is one, remove the record and start `vmherd qemu` again",
+                reason="RECORD_UNREADABLE",
+            )
+
+    def _spawn(self, machine: Machine, argv: tuple[str, ...], run: InstanceRun) -> _Running:
+        process = Process(machine.uid, machine.name, machine.generation, argv, boot_id(), time.time())
+        try:
+            run.path.mkdir(mode=0o700, exist_ok=True)
+            _remove_files(run)
+            # Should the helper end right after the start, its successor finds the process by this record's argv.
+            write_record(run.process, process)
+            child = _popen(argv, run.stderr)
+            try:
+                pidfd = os.pidfd_open(child.pid)
+            except OSError:
+                child.kill()
+                child.wait()
+                raise
+        except OSError as error:
+            self._processes.pop(machine.uid, None)
+            with contextlib.suppress(OSError):
+                _clear(run)
+            raise _did_not_start(machine.name, str(error)) from error
+        running = self._watch(process.uid, pidfd, child)
+        self._put(replace(process, pid=child.pid, start_ticks=start_ticks(child.pid)))
+        _log.info("started", uid=machine.uid, name=machine.name, generation=machine.generation, pid=child.pid)
+        return running
+
+    def _watch(self, uid: str, pidfd: int, child: subprocess.Popen[bytes] | None) -> _Running:
+        loop = asyncio.get_running_loop()
+        self._running[uid] = running = _Running(pidfd, child, loop.create_future())
+        # A pidfd becomes readable when its process ends, whoever its parent is: pidfd_open(2).
+        loop.add_reader(pidfd, self._on_end, uid)
+        return running
+
+    def _unwatch(self, uid: str) -> _Running:
+        running = self._running.pop(uid)
+        asyncio.get_running_loop().remove_reader(running.pidfd)
+        os.close(running.pidfd)
+        return running
+
+    def _on_end(self, uid: str) -> None:
+        running = self._unwatch(uid)
+        status = running.child.poll() if running.child else None
+        process = replace(
+            self._processes[uid],
+            ended_at_s=time.time(),
+            exit_code=status if status is not None and status >= 0 else None,
+            signal=-status if status is not None and status < 0 else None,
+            stderr_tail=stderr_tail(self._directory.instance(uid).stderr),
+        )
+        _log.info("ended", uid=uid, name=process.name, pid=process.pid, how=process.end())
+        self._put(process)
+        running.ended.set_result(process)
+
+    def _put(self, process: Process) -> None:
+        self._processes[process.uid] = process
+        try:
+            write_record(self._directory.instance(process.uid).process, process)
+        except OSError as error:
+            # The next helper finds the process by what the record said before.
+            _log.error("record not written", uid=process.uid, why=str(error))
+        for watcher in self._watchers:
+            watcher.news[process.uid] = process
+            watcher.arrived.set()
+
+
+def _popen(argv: tuple[str, ...], stderr_path: Path) -> subprocess.Popen[bytes]:
+    with stderr_path.open("wb") as stderr:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            cwd="/",
+            env={"LC_ALL": "C"},
+            umask=0o077,
+            start_new_session=True,  # no signal of a terminal or of the helper's end reaches it
+        )
+
+
+async def _until_up(qmp: Path, ended: asyncio.Future[Process]) -> None:
+    """Waits until QEMU executes commands on its control socket, until it ended, or for 10 s."""
+    answer = asyncio.create_task(_answer(qmp))
+    try:
+        await asyncio.wait((answer, ended), timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        answer.cancel()
+
+
+async def _answer(qmp: Path) -> None:
+    """Returns when QEMU has executed one command, which its main loop does: after it opened kernel and disks.
+
+    The socket, and even the greeting on it, are there before that and so say little.
+    """
+    while True:
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_unix_connection(qmp)
+            try:
+                writer.write(b'{"execute": "qmp_capabilities"}\n')
+                if await reader.readline() and await reader.readline():
+                    return
+            finally:
+                writer.close()
+        await asyncio.sleep(START_POLL_S)
+
+
+def _send(running: _Running, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(running.pidfd, number)
+
+
+def _remove_files(run: InstanceRun) -> None:
+    """Removes vmherd's own files and sockets from a run directory."""
+    directory = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for path in (run.qmp, run.agent, run.console, run.stderr, temporary(run.process), run.process):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path.name, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _clear(run: InstanceRun) -> None:
+    """Removes the run directory of a process that is over; a foreign file in it stays and is an error."""
+    with contextlib.suppress(FileNotFoundError):
+        _remove_files(run)
+        run.path.rmdir()
+
+
+def _other_generation(current: Process, wanted: int) -> FailedPrecondition:
+    state = f"has ended (it {current.end()})" if current.ended else f"runs as process {current.pid}"
+    return FailedPrecondition(
+        f"generation {wanted} of {current.name!r} was asked for, and generation {current.generation} {state}",
+        reason="OTHER_GENERATION",
+        metadata={"name": current.name, "generation": current.generation, "running": not current.ended},
+    )
+
+
+def _did_not_start(name: str, why: str, tail: str = "") -> FailedPrecondition:
+    tail = tail[-ERROR_TAIL_MAX_CHARACTERS:]
+    return FailedPrecondition(
+        f"{name!r} did not start: {why}" + (f": {tail}" if tail else ""),
+        reason="QEMU_DID_NOT_START",
+        metadata={"name": name},
+    )

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from vmherd.qemu.process import (
+    Process,
+    find_pid,
+    open_pidfd,
+    read_record,
+    start_ticks,
+    stderr_tail,
+    write_record,
+)
+
+RUNS = Process("uid", "name", 1, ("qemu", "a b", ""), "boot", 1.5, pid=7, start_ticks=9)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        RUNS,
+        replace(RUNS, pid=None, start_ticks=None),
+        replace(RUNS, ended_at_s=2.5, exit_code=0, stderr_tail="last\nlines"),
+        replace(RUNS, ended_at_s=2.5, signal=9),
+    ],
+)
+def test_a_record_comes_back_as_it_was(tmp_path: Path, process: Process) -> None:
+    path = tmp_path / "process.json"
+    write_record(path, RUNS)
+    write_record(path, process)
+    assert read_record(path) == process
+    assert os.listdir(tmp_path) == ["process.json"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": "7"},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": 2**70},
+        {"uid": None},
+        {"argv": None},
+        {"argv": 5},
+        {"generation": 1.5},
+        {"started_at_s": "now"},
+        {"unknown": 1},
+    ],
+)
+def test_a_record_with_a_wrong_value_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = tmp_path / "process.json"
+    path.write_text(json.dumps(asdict(RUNS) | changes))
+    with pytest.raises(ValueError, match=r"not a process|wrong type|no pid"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("process", "words"),
+    [
+        (replace(RUNS, ended_at_s=2.0), "ended"),
+        (replace(RUNS, ended_at_s=2.0, exit_code=1), "exited with code 1"),
+        (replace(RUNS, ended_at_s=2.0, signal=9), "was ended by signal 9 (Killed)"),
+        (replace(RUNS, ended_at_s=2.0, signal=34), "was ended by signal 34 (Real-time signal 0)"),
+    ],
+)
+def test_an_end_in_words(process: Process, words: str) -> None:
+    assert process.end() == words
+
+
+def test_a_start_time_is_read_past_any_name(tmp_path: Path) -> None:
+    program = tmp_path / "a) R 1 (2"
+    shutil.copy("/bin/sleep", program)
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    before = time.clock_gettime(time.CLOCK_BOOTTIME) * ticks_per_s
+    with subprocess.Popen([program, "60"]) as process:
+        ticks = start_ticks(process.pid)
+        after = time.clock_gettime(time.CLOCK_BOOTTIME) * ticks_per_s
+        process.kill()
+    assert ticks is not None
+    assert before - 1 <= ticks <= after + 1
+    assert start_ticks(process.pid) is None
+
+
+def test_a_pidfd_is_given_for_the_right_start_alone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ticks = start_ticks(process.pid)
+        assert ticks is not None
+        pidfd = open_pidfd(process.pid, ticks)
+        assert pidfd is not None
+        os.close(pidfd)
+        assert open_pidfd(process.pid, ticks - 1) is None
+        assert open_pidfd(process.pid, None) is None
+        process.kill()
+    assert open_pidfd(process.pid, ticks) is None
+    assert open_pidfd(process.pid, None) is None
+
+
+def test_a_pid_that_became_a_thread_s_is_no_process() -> None:
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        assert open_pidfd(thread.native_id, 1) is None
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_process_is_found_by_its_whole_command_line() -> None:
+    argv = ("/bin/sh", "-c", "echo; read line", "a b", "")
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the kernel shows a command line a moment after the start
+        assert find_pid(argv) == process.pid
+        assert find_pid(argv[:-1]) is None
+        assert find_pid((*argv, "")) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "tail"),
+    [
+        (b"", ""),
+        (b"one\ntwo\n", "one\ntwo"),
+        (b"".join(b"%d\n" % i for i in range(100)), "\n".join(map(str, range(80, 100)))),
+        (b"x" * 10_000, "x" * 4096),
+        (b"\x1b[31mred\x07\xff\r\n", "\ufffd[31mred\ufffd\ufffd"),
+    ],
+)
+def test_the_tail_is_short_and_printable(tmp_path: Path, written: bytes, tail: str) -> None:
+    path = tmp_path / "stderr.log"
+    path.write_bytes(written)
+    assert stderr_tail(path) == tail
+    path.unlink()
+    assert stderr_tail(path) == ""

@@ -1,0 +1,1 @@
+"""What an instance starts from: the images, and the built-in guest."""

@@ -1,0 +1,1 @@
+"""The gateway: the controller's gRPC API as HTTP and JSON."""

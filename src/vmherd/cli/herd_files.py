@@ -1,0 +1,224 @@
+"""What `vmherd up` puts into a run directory before it starts anything: directories, a token, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToJson
+
+from vmherd.api.settings.v1.settings_pb2 import ControllerSettings, GatewaySettings, QemuSettings
+from vmherd.cli.settings import check_address, load_settings
+from vmherd.model.errors import FailedPrecondition, InvalidArgument
+from vmherd.model.layout import Herd, RunDirectory
+from vmherd.rpc.serving import check_socket_path
+
+DEFAULT_HTTP = "127.0.0.1:8080"
+TOKEN_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the user asks for; None leaves the choice to the settings files, or to the defaults where there are none.
+
+    Raises:
+        InvalidArgument: an address is none.
+    """
+
+    http: str | None = None
+    grpc: str | None = None
+    accelerator: str | None = None
+
+    def __post_init__(self) -> None:
+        for flag, address in (("--http", self.http), ("--grpc", self.grpc)):
+            for problem in check_address(address) if address is not None else ():
+                raise InvalidArgument(f"{flag} {problem}")
+
+
+@dataclass(frozen=True)
+class HerdSettings:
+    """The settings of the three processes."""
+
+    qemu: QemuSettings
+    controller: ControllerSettings
+    gateway: GatewaySettings
+
+
+OURS = (
+    ("qemu", "listen"),
+    ("qemu", "run_dir"),
+    ("controller", "listen"),
+    ("controller", "qemu"),
+    ("controller", "run_dir"),
+    ("gateway", "controller"),
+)
+"""Settings that must lead into the run directory, or the three would not find each other and nobody would find them."""
+
+
+def fresh_settings(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
+    """The settings for a run directory that has none."""
+    run_dir, state = str(herd.path), str(state_dir)
+    return HerdSettings(
+        qemu=QemuSettings(
+            listen=str(herd.qemu_socket),
+            run_dir=run_dir,
+            state_dir=state,
+            accelerator=QemuSettings.Accelerator.Value((flags.accelerator or "auto").upper()),
+        ),
+        controller=ControllerSettings(
+            listen=str(herd.controller_socket),
+            listen_tcp=flags.grpc or "",
+            qemu=str(herd.qemu_socket),
+            run_dir=run_dir,
+            state_dir=state,
+            token_file=str(herd.token),
+        ),
+        gateway=GatewaySettings(
+            listen=flags.http or DEFAULT_HTTP,
+            controller=str(herd.controller_socket),
+            token_file=str(herd.token),
+        ),
+    )
+
+
+def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
+    """Makes what is missing and keeps what is there; gives the settings as they are in the files.
+
+    Raises:
+        InvalidArgument: a settings file makes no sense.
+        FailedPrecondition: the run directory cannot be used, or a settings file leads out of it.
+    """
+    fresh = fresh_settings(herd, state_dir, flags)
+    try:
+        for directory in (herd.settings, herd.logs):
+            directory.mkdir(exist_ok=True)
+        _make_token(herd.token)
+        for name, settings in vars(fresh).items():
+            _write_new(
+                settings_file(herd, name), MessageToJson(settings, preserving_proto_field_name=True) + "\n", 0o644
+            )
+    except OSError as error:
+        raise _unusable(herd.path, error) from error
+    found = HerdSettings(
+        qemu=load_settings(settings_file(herd, "qemu"), QemuSettings),
+        controller=load_settings(settings_file(herd, "controller"), ControllerSettings),
+        gateway=load_settings(settings_file(herd, "gateway"), GatewaySettings),
+    )
+    for name, field in OURS:
+        is_, must = (getattr(getattr(settings, name), field) for settings in (found, fresh))
+        if is_ != must:
+            raise FailedPrecondition(
+                f"{settings_file(herd, name)} says {field} {is_!r}, which must be {must!r} here; "
+                "correct it, or remove the file to have it written anew",
+                reason="SETTINGS_OF_ANOTHER_DIRECTORY",
+            )
+    for directory in {Path(found.qemu.state_dir), Path(found.controller.state_dir)}:
+        try:
+            _make_directory(directory)
+        except OSError as error:
+            raise _unusable(directory, error) from error
+    return found
+
+
+def ignored_flags(herd: Herd, flags: Flags, found: HerdSettings) -> Iterator[str]:
+    """One line for each flag that a settings file contradicts: the file wins."""
+    accelerator = QemuSettings.Accelerator.Name(found.qemu.accelerator or QemuSettings.AUTO).lower()
+    for flag, asked, name, value in (
+        ("--http", flags.http, "gateway", found.gateway.listen),
+        ("--grpc", flags.grpc, "controller", found.controller.listen_tcp),
+        ("--accelerator", flags.accelerator, "qemu", accelerator),
+    ):
+        if asked and asked != value:
+            yield (
+                f"{flag} {asked} has no effect: {settings_file(herd, name)} says {value or 'none'}; "
+                "edit it, or remove it to have it written anew"
+            )
+
+
+def settings_file(herd: Herd, name: str) -> Path:
+    """The settings file of one of the three."""
+    return herd.settings / f"{name}.json"
+
+
+@contextlib.contextmanager
+def own_directory(path: Path) -> Iterator[None]:
+    """Makes the run directory where it is missing, and is the only one who keeps processes in it.
+
+    Raises:
+        FailedPrecondition: it cannot be made, is too deep for sockets, or somebody else has it.
+    """
+    check_socket_path(RunDirectory(path).longest_socket_path())
+    try:
+        _make_directory(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(
+                f"vmherd is up in {path} already: `vmherd --rundir {path} list`; or choose another --rundir",
+                reason="ALREADY_UP",
+            ) from None
+        yield
+
+
+def check_port(address: str, flag: str) -> None:
+    """Refuses an address that cannot be listened on, before anything is started.
+
+    Raises:
+        FailedPrecondition: the port is taken, or the host is none of this machine's.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, sockaddr = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[
+            0
+        ]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(sockaddr)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"cannot listen on {address}: {error.strerror}; choose another address with {flag}", reason="PORT_TAKEN"
+        ) from error
+
+
+def _make_directory(path: Path) -> None:
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir()
+        # Root's QEMU may run under a uid of its own and has to get in; what is secret has a mode of its own.
+        path.chmod(0o755 if os.getuid() == 0 else 0o700)
+
+
+def _make_token(path: Path) -> None:
+    _write_new(path, secrets.token_urlsafe(TOKEN_BYTES) + "\n", 0o600)
+    if path.stat().st_mode & 0o077:
+        raise FailedPrecondition(f"others may read the token: `chmod 600 {path}`", reason="TOKEN_NOT_PRIVATE")
+
+
+def _write_new(path: Path, text: str, mode: int) -> None:
+    """Writes a file that is not there yet, whole or not at all."""
+    if path.exists():
+        return
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    fresh.rename(path)
+
+
+def _unusable(path: Path, error: OSError) -> FailedPrecondition:
+    why = "not a directory" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return FailedPrecondition(
+        f"cannot use the directory {path}: {error.filename or path}: {why}; choose another with --rundir",
+        reason="DIRECTORY_UNUSABLE",
+    )

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmherd.cli.herd_files import Flags, check_port, ignored_flags, own_directory, prepare, settings_file
+from vmherd.model.errors import FailedPrecondition, InvalidArgument
+from vmherd.model.layout import Herd
+
+NAMES = ("qemu", "controller", "gateway")
+
+
+@pytest.fixture
+def herd(tmp_path: Path) -> Herd:
+    return Herd(tmp_path)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory that is not too deep for sockets, which pytest's own may be."""
+    with tempfile.TemporaryDirectory(prefix="vh-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_a_fresh_directory_gets_settings_and_a_token(herd: Herd, tmp_path: Path) -> None:
+    found = prepare(herd, tmp_path / "state", Flags())
+    assert sorted(path.name for path in herd.settings.iterdir()) == ["controller.json", "gateway.json", "qemu.json"]
+    assert json.loads(settings_file(herd, "gateway").read_text()) == {
+        "listen": "127.0.0.1:8080",
+        "controller": str(herd.controller_socket),
+        "token_file": str(herd.token),
+    }
+    assert found.controller.listen_tcp == ""
+    assert mode(herd.token) == 0o600
+    assert len(herd.token.read_text().strip()) == 43  # 256 bits in base64
+    assert (tmp_path / "state").is_dir()
+
+
+def test_flags_reach_the_settings(herd: Herd, tmp_path: Path) -> None:
+    prepare(herd, tmp_path / "state", Flags(http="[::1]:81", grpc="127.0.0.1:82", accelerator="tcg"))
+    qemu, controller, gateway = (json.loads(settings_file(herd, name).read_text()) for name in NAMES)
+    assert qemu["accelerator"] == "TCG"
+    assert controller["listen_tcp"] == "127.0.0.1:82"
+    assert controller["token_file"] == str(herd.token)
+    assert gateway["listen"] == "[::1]:81"
+
+
+def test_what_is_there_is_kept_to_the_byte(herd: Herd, tmp_path: Path) -> None:
+    prepare(herd, tmp_path / "state", Flags(http="127.0.0.1:81"))
+    before = contents(tmp_path)
+    found = prepare(herd, tmp_path / "state", Flags())
+    assert contents(tmp_path) == before
+    assert found.gateway.listen == "127.0.0.1:81"
+
+
+def test_two_directories_have_different_tokens(tmp_path: Path, herd: Herd) -> None:
+    herds = [Herd(tmp_path / name) for name in "ab"]
+    for each in herds:
+        each.path.mkdir()
+        prepare(each, each.path / "state", Flags())
+    assert herds[0].token.read_text() != herds[1].token.read_text()
+
+
+def test_a_flag_that_a_file_contradicts_is_told(herd: Herd, tmp_path: Path) -> None:
+    prepare(herd, tmp_path / "state", Flags())
+    flags = Flags(http="127.0.0.1:99", grpc="127.0.0.1:98", accelerator="tcg")
+    found = prepare(herd, tmp_path / "state", flags)
+    http, grpc, accelerator = ignored_flags(herd, flags, found)
+    assert http.startswith(f"--http 127.0.0.1:99 has no effect: {herd.settings}/gateway.json says 127.0.0.1:8080;")
+    assert "controller.json says none" in grpc
+    assert "qemu.json says auto" in accelerator
+
+
+def test_a_flag_that_says_the_same_is_not_told(herd: Herd, tmp_path: Path) -> None:
+    flags = Flags(http="127.0.0.1:99", accelerator="auto")
+    assert list(ignored_flags(herd, flags, prepare(herd, tmp_path / "state", flags))) == []
+
+
+def test_settings_of_another_directory_are_refused(herd: Herd, tmp_path: Path) -> None:
+    prepare(herd, tmp_path / "state", Flags())
+    herd.path.joinpath("moved").mkdir()
+    moved = Herd(herd.path / "moved")
+    herd.settings.rename(moved.settings)
+    with pytest.raises(FailedPrecondition, match=r"moved/settings/qemu\.json says listen .* which must be"):
+        prepare(moved, tmp_path / "state", Flags())
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"http": "8080"}, "--http must be HOST:PORT"),
+        ({"http": ""}, "--http must be HOST:PORT"),
+        ({"grpc": "127.0.0.1:x"}, "--grpc must have a port from 0 to 65535"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(flags: dict[str, str], problem: str) -> None:
+    with pytest.raises(InvalidArgument, match=problem):
+        Flags(**flags)
+
+
+def test_a_token_that_others_may_read_is_refused(herd: Herd, tmp_path: Path) -> None:
+    herd.token.write_text("x")
+    herd.token.chmod(0o644)
+    with pytest.raises(FailedPrecondition, match="chmod 600"):
+        prepare(herd, tmp_path / "state", Flags())
+
+
+def test_a_directory_that_is_too_deep_for_sockets_is_refused(short_path: Path) -> None:
+    with pytest.raises(FailedPrecondition) as raised, own_directory(short_path / ("d" * 100)):
+        pytest.fail("no socket fits there")
+    assert raised.value.reason == "SOCKET_PATH_TOO_LONG"
+    assert list(short_path.iterdir()) == []
+
+
+def test_a_directory_belongs_to_one(short_path: Path) -> None:
+    with (
+        own_directory(short_path / "a" / "b"),
+        pytest.raises(FailedPrecondition, match=r"is up in .* already"),
+        own_directory(short_path / "a" / "b"),
+    ):
+        pytest.fail("two had the same directory")
+    with own_directory(short_path / "a" / "b"):
+        pass  # and to the next one after that
+
+
+@pytest.mark.parametrize(("uid", "expected"), [(0, 0o755), (1000, 0o700)])
+def test_the_run_directory_is_private_to_an_ordinary_user(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    with own_directory(short_path / "run"):
+        assert mode(short_path / "run") == expected
+
+
+def test_a_file_in_place_of_the_directory_is_told(short_path: Path) -> None:
+    (short_path / "file").touch()
+    with (
+        pytest.raises(FailedPrecondition, match="file: not a directory; choose another with --rundir"),
+        own_directory(short_path / "file" / "run"),
+    ):
+        pytest.fail("it cannot be made")
+
+
+def test_a_directory_that_cannot_be_written_to_is_told(herd: Herd, tmp_path: Path) -> None:
+    herd.settings.touch()
+    with pytest.raises(FailedPrecondition, match="settings: not a directory; choose another with --rundir"):
+        prepare(herd, tmp_path / "state", Flags())
+
+
+def test_a_taken_port_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(FailedPrecondition, match=f"cannot listen on {address}: Address already in use; .* --http"):
+            check_port(address, "--http")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0"])
+def test_a_free_port_is_fine(address: str) -> None:
+    check_port(address, "--http")
+
+
+def test_an_address_of_another_host_is_told() -> None:
+    with pytest.raises(FailedPrecondition, match="Cannot assign requested address"):
+        check_port("192.0.2.1:0", "--http")

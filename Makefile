@@ -1,0 +1,61 @@
+# `make` lists the targets. PYTHON may name another interpreter than python3, which must be 3.11 or later.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(shell find protos -name '*.proto')
+STUBS := src/vmherd/api/descriptors.binpb
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+.PHONY: setup
+setup: .venv/.ready $(STUBS) ## Install what is missing: Debian packages, a .venv with pinned packages.
+
+.PHONY: demo
+demo: setup ## Boot a machine, talk to its guest agent, and leave nothing behind.
+	@$(BIN)/vmherd demo
+
+.PHONY: run
+run: setup ## Keep the three processes running in the foreground (./start.sh has options).
+	@./start.sh
+
+.PHONY: test
+test: lint ## Run every check and every test.
+	$(BIN)/pytest
+
+.PHONY: lint
+lint: setup ## Check style, types, imports and protos.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/buf lint $(STUBS) --config buf.yaml
+	packaging/check-breaking
+
+.PHONY: bench
+bench: setup ## Measure, against bare QEMU.
+	$(BIN)/python -m benchmarks
+
+.PHONY: clean
+clean: ## Remove what the other targets made here.
+	rm -rf .venv build dist src/vmherd/api
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml hatch_build.py constraints.txt packaging/debian-packages
+	@packaging/install-debian-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "setup: $(PYTHON) is older than 3.11; name another: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "setup: making .venv" >&2
+	@$(PYTHON) -m venv .venv
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The editable install has made them once; this is for a change of the protos.
+$(STUBS): $(PROTOS) hatch_build.py | .venv/.ready
+	@$(BIN)/python hatch_build.py

@@ -21,7 +21,7 @@ TRANSLATIONS_MAX_MIB = 512
 def argv(
     machine: Machine, *, qemu_binary: Path, accelerator: Accelerator, run: InstanceRun, console_log: Path
 ) -> tuple[str, ...]:
-    """The words that start a machine, the program first. The machine has passed `policy.check_allowed`."""
+    """The words that start a machine, the program first. The machine has passed `policy.check_values`."""
     return (
         str(qemu_binary),
         *("-name", option(guest=machine.name, debug_threads=True)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -42,12 +41,6 @@ class Process:
     def ended(self) -> bool:
         """Whether it is over."""
         return self.ended_at_s is not None
-
-    def end(self) -> str:
-        """How it ended, in words."""
-        if self.signal is not None:
-            return f"was ended by signal {self.signal} ({signal.strsignal(self.signal)})"
-        return "ended" if self.exit_code is None else f"exited with code {self.exit_code}"
 
 
 _KINDS = get_type_hints(Process) | {"argv": tuple}

@@ -30,11 +30,7 @@ from vmherd.qemu.process import (
     write_record,
 )
 
-START_DEADLINE_S = 10.0
-START_POLL_S = 0.01
 KILL_DEADLINE_S = 10.0
-ERROR_TAIL_MAX_CHARACTERS = 500
-"""An error's text is cut at its end where it is too long, and the last lines say most; the record has all of them."""
 
 _log = structlog.get_logger()
 
@@ -129,12 +125,14 @@ class ProcessTable:
             self._watchers.discard(watcher)
 
     async def start(self, machine: Machine, plan: Callable[[], Awaitable[tuple[str, ...]]]) -> Process:
-        """Starts a machine with the command line that `plan` gives, and answers once QEMU does, or after 10 s.
+        """Starts a machine with the command line that `plan` gives, and answers as soon as its process runs.
 
+        Whether QEMU accepted the machine is seen by `watch` and on QEMU's control socket, which is left to the caller.
         The same uid and generation again answers with the process there is, whether it runs or ended.
 
         Raises:
-            FailedPrecondition: it ended at once (`QEMU_DID_NOT_START`), or another generation is in the way.
+            FailedPrecondition: QEMU cannot be executed or recorded (`QEMU_DID_NOT_START`), or another generation is
+                in the way.
         """
         async with self._lock(machine.uid):
             current = self._processes.get(machine.uid)
@@ -144,47 +142,45 @@ class ProcessTable:
                 raise _other_generation(current, machine.generation)
             run = self._directory.instance(machine.uid)
             self._refuse_unreadable(machine.uid, run)
-            running = self._spawn(machine, await plan(), run)
-            await _until_up(run.qmp, running.ended)
-            process = self._processes[machine.uid]
-            if process.ended:
-                raise _did_not_start(machine.name, f"QEMU {process.end()}", process.stderr_tail)
-            return process
+            argv = await plan()
+            # Nothing is awaited from here on: a caller who gives up leaves no process or a recorded one.
+            return self._spawn(machine, argv, run)
 
     async def stop(self, uid: str, generation: int, *, grace_s: float) -> Process:
         """Ends a process: SIGTERM, and SIGKILL after the grace; without any grace SIGKILL at once.
+
+        A start under way comes first, and it is its process that ends.
 
         Raises:
             NotFound: there is no such process.
             FailedPrecondition: another generation is there.
             Unavailable: the kernel has not ended it in 10 s.
         """
-        process = self._processes.get(uid)
+        async with self._lock(uid):
+            process, running = self._processes.get(uid), self._running.get(uid)
         if process is None:
             raise NotFound(
                 f"no process of {uid} is known", reason="PROCESS_NOT_FOUND", metadata={"name": uid, "type": "process"}
             )
         if process.generation != generation:
             raise _other_generation(process, generation)
-        running = self._running.get(uid)
-        if running is not None:
-            if grace_s > 0:
-                _send(running, signal.SIGTERM)
-                await asyncio.wait({running.ended}, timeout=grace_s)
-            if not running.ended.done():
-                _send(running, signal.SIGKILL)
-                await asyncio.wait({running.ended}, timeout=KILL_DEADLINE_S)
-            if not running.ended.done():
-                raise Unavailable(
-                    f"process {process.pid} of {process.name!r} is still there {KILL_DEADLINE_S:g} s after SIGKILL; "
-                    "the kernel holds it, as it does while a disk or a file server does not answer",
-                    reason="PROCESS_STUCK",
-                )
-            process = running.ended.result()
-        return process
+        if running is None:
+            return process
+        for number, deadline_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_DEADLINE_S)):
+            if deadline_s > 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(running.pidfd, number)
+                await asyncio.wait({running.ended}, timeout=deadline_s)
+            if running.ended.done():
+                return running.ended.result()
+        raise Unavailable(
+            f"process {process.pid} of {process.name!r} is still there {KILL_DEADLINE_S:g} s after SIGKILL; "
+            "the kernel holds it, as it does while a disk or a file server does not answer",
+            reason="PROCESS_STUCK",
+        )
 
     async def release(self, uid: str) -> None:
-        """Forgets an ended process and removes its run directory. There may be neither.
+        """Forgets an ended process and removes its run directory. There may be neither. A start under way comes first.
 
         Raises:
             FailedPrecondition: it runs, its record cannot be read, or its directory holds foreign files.
@@ -217,7 +213,7 @@ class ProcessTable:
                 reason="RECORD_UNREADABLE",
             )
 
-    def _spawn(self, machine: Machine, argv: tuple[str, ...], run: InstanceRun) -> _Running:
+    def _spawn(self, machine: Machine, argv: tuple[str, ...], run: InstanceRun) -> Process:
         process = Process(machine.uid, machine.name, machine.generation, argv, boot_id(), time.time())
         try:
             run.path.mkdir(mode=0o700, exist_ok=True)
@@ -235,18 +231,22 @@ class ProcessTable:
             self._processes.pop(machine.uid, None)
             with contextlib.suppress(OSError):
                 _clear(run)
-            raise _did_not_start(machine.name, str(error)) from error
-        running = self._watch(process.uid, pidfd, child)
-        self._put(replace(process, pid=child.pid, start_ticks=start_ticks(child.pid)))
+            raise FailedPrecondition(
+                f"{machine.name!r} did not start: {error}",
+                reason="QEMU_DID_NOT_START",
+                metadata={"name": machine.name},
+            ) from error
+        process = replace(process, pid=child.pid, start_ticks=start_ticks(child.pid))
+        self._watch(process.uid, pidfd, child)
+        self._put(process)
         _log.info("started", uid=machine.uid, name=machine.name, generation=machine.generation, pid=child.pid)
-        return running
+        return process
 
-    def _watch(self, uid: str, pidfd: int, child: subprocess.Popen[bytes] | None) -> _Running:
+    def _watch(self, uid: str, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
         loop = asyncio.get_running_loop()
-        self._running[uid] = running = _Running(pidfd, child, loop.create_future())
+        self._running[uid] = _Running(pidfd, child, loop.create_future())
         # A pidfd becomes readable when its process ends, whoever its parent is: pidfd_open(2).
         loop.add_reader(pidfd, self._on_end, uid)
-        return running
 
     def _unwatch(self, uid: str) -> _Running:
         running = self._running.pop(uid)
@@ -264,7 +264,9 @@ class ProcessTable:
             signal=-status if status is not None and status < 0 else None,
             stderr_tail=stderr_tail(self._directory.instance(uid).stderr),
         )
-        _log.info("ended", uid=uid, name=process.name, pid=process.pid, how=process.end())
+        _log.info(
+            "ended", uid=uid, name=process.name, pid=process.pid, exit_code=process.exit_code, signal=process.signal
+        )
         self._put(process)
         running.ended.set_result(process)
 
@@ -294,37 +296,6 @@ def _popen(argv: tuple[str, ...], stderr_path: Path) -> subprocess.Popen[bytes]:
         )
 
 
-async def _until_up(qmp: Path, ended: asyncio.Future[Process]) -> None:
-    """Waits until QEMU executes commands on its control socket, until it ended, or for 10 s."""
-    answer = asyncio.create_task(_answer(qmp))
-    try:
-        await asyncio.wait((answer, ended), timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        answer.cancel()
-
-
-async def _answer(qmp: Path) -> None:
-    """Returns when QEMU has executed one command, which its main loop does: after it opened kernel and disks.
-
-    The socket, and even the greeting on it, are there before that and so say little.
-    """
-    while True:
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_unix_connection(qmp)
-            try:
-                writer.write(b'{"execute": "qmp_capabilities"}\n')
-                if await reader.readline() and await reader.readline():
-                    return
-            finally:
-                writer.close()
-        await asyncio.sleep(START_POLL_S)
-
-
-def _send(running: _Running, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(running.pidfd, number)
-
-
 def _remove_files(run: InstanceRun) -> None:
     """Removes vmherd's own files and sockets from a run directory."""
     directory = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -344,18 +315,9 @@ def _clear(run: InstanceRun) -> None:
 
 
 def _other_generation(current: Process, wanted: int) -> FailedPrecondition:
-    state = f"has ended (it {current.end()})" if current.ended else f"runs as process {current.pid}"
+    state = "has ended" if current.ended else f"runs as process {current.pid}"
     return FailedPrecondition(
         f"generation {wanted} of {current.name!r} was asked for, and generation {current.generation} {state}",
         reason="OTHER_GENERATION",
         metadata={"name": current.name, "generation": current.generation, "running": not current.ended},
-    )
-
-
-def _did_not_start(name: str, why: str, tail: str = "") -> FailedPrecondition:
-    tail = tail[-ERROR_TAIL_MAX_CHARACTERS:]
-    return FailedPrecondition(
-        f"{name!r} did not start: {why}" + (f": {tail}" if tail else ""),
-        reason="QEMU_DID_NOT_START",
-        metadata={"name": name},
     )

@@ -12,7 +12,7 @@ import struct
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from vmherd.model.layout import InstanceRun, RunDirectory, StateDirectory
 from vmherd.rpc.channel import open_channel
 
 DEADLINE_S = 20.0
+POLL_S = 0.01
 HELPER = """
 import asyncio, sys
 from google.protobuf import json_format
@@ -141,6 +142,47 @@ class House:
 
     async def start(self, machine: qemu_pb2.Machine) -> qemu_pb2.Process:
         return await self.stub.Start(qemu_pb2.StartRequest(machine=machine), timeout=DEADLINE_S)
+
+    async def up(self, machine: qemu_pb2.Machine) -> qemu_pb2.Process:
+        """Starts a machine and waits until QEMU executes commands: it has its signal handlers, disks and sandbox."""
+        process = await self.start(machine)
+        async with self.qmp(machine.uid):
+            return process
+
+    @asynccontextmanager
+    async def qmp(self, uid: str) -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
+        """QEMU's control socket once QEMU executes commands: takes a command's name and gives QEMU's answer."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                with suppress(FileNotFoundError, ConnectionRefusedError):
+                    reader, writer = await asyncio.open_unix_connection(self.instance(uid).qmp)
+                    break
+                await asyncio.sleep(POLL_S)
+
+            async def execute(command: str) -> bytes:
+                writer.write(json.dumps({"execute": command}).encode() + b"\n")
+                return await reader.readline()
+
+            try:
+                assert (await reader.readline()).startswith(b'{"QMP"')
+                assert b'"return"' in await execute("qmp_capabilities")
+                yield execute
+            finally:
+                writer.close()
+                await writer.wait_closed()
+
+    async def end(self, machine: qemu_pb2.Machine) -> qemu_pb2.Process:
+        """What a watch tells of the end of a machine's process, once it has ended."""
+        call = self.stub.Watch(qemu_pb2.WatchRequest(), timeout=DEADLINE_S)
+        try:
+            async for response in call:
+                process = response.process
+                if process.uid == machine.uid and process.HasField("end_time"):
+                    assert process.generation == machine.generation
+                    return process
+        finally:
+            call.cancel()
+        raise AssertionError("a watch has no end")
 
     async def stop(self, machine: qemu_pb2.Machine, grace_s: int = 0) -> qemu_pb2.Process:
         request = qemu_pb2.StopRequest(uid=machine.uid, generation=machine.generation)

@@ -57,7 +57,7 @@ async def test_a_plan_is_what_start_runs(house: House) -> None:
     planned = await plan(house, machine)
     assert await house.processes() == []
     assert list(house.run.instances.iterdir()) == []
-    process = await house.start(machine)
+    process = await house.up(machine)
     assert words_of(process.pid) == planned
 
 

@@ -52,7 +52,7 @@ async def test_the_next_helper_has_the_same_process_and_sees_its_end(house: Hous
 
 async def test_the_next_helper_can_stop_it(house: House) -> None:
     machine = house.machine()
-    process = await house.start(machine)
+    process = await house.up(machine)
     await house.restart()
     stopped = await house.stop(machine, grace_s=10)
     assert "terminating on signal 15" in stopped.stderr_tail
@@ -60,7 +60,7 @@ async def test_the_next_helper_can_stop_it(house: House) -> None:
 
 
 async def test_an_end_that_nobody_saw_is_found_out(house: House) -> None:
-    process = await house.start(house.machine())
+    process = await house.up(house.machine())
     await house.close(signal.SIGKILL)
     os.kill(process.pid, signal.SIGTERM)
     await house.end_of(process.pid)
@@ -71,7 +71,7 @@ async def test_an_end_that_nobody_saw_is_found_out(house: House) -> None:
 
 
 async def test_an_orderly_end_ends_watches_and_leaves_machines(house: House) -> None:
-    process = await house.start(house.machine())
+    process = await house.up(house.machine())
     async with house.watching() as news:
         started_s = time.monotonic()
         ending = asyncio.create_task(house.helper_ends(signal.SIGTERM))
@@ -116,7 +116,7 @@ async def test_after_a_reboot_nothing_runs_whatever_the_pids_say(
 
 async def test_a_process_that_was_started_but_not_recorded_is_found_by_its_command_line(house: House) -> None:
     machine = house.machine()
-    process = await house.start(machine)
+    process = await house.up(machine)
     await house.close(signal.SIGKILL)
     house.change_record(process.uid, pid=None, start_ticks=None)
     await house.open()
@@ -160,7 +160,7 @@ async def test_a_record_that_cannot_be_read_is_left_for_a_person(house: House, t
 
 async def test_a_record_under_another_uid_is_left_for_a_person(house: House) -> None:
     machine = house.machine()
-    process = await house.start(machine)
+    process = await house.up(machine)
     await house.close(signal.SIGKILL)
     moved = house.instance(house.machine().uid)
     house.instance(machine.uid).path.rename(moved.path)
@@ -182,7 +182,7 @@ async def test_a_helper_killed_in_the_middle_of_starts_knows_all_of_them_afterwa
     await house.open()
     known = {process.pid for process in await house.processes() if not process.HasField("end_time")}
     assert known == set(house.qemu_pids())
-    processes = [await house.start(machine) for machine in machines]
+    processes = [await house.up(machine) for machine in machines]
     assert sorted(process.pid for process in processes) == sorted(house.qemu_pids())
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.integration.qemu.house import House
+from tests.integration.qemu.house import DEADLINE_S, House
+from vmherd.api.qemu.v1 import qemu_pb2
 from vmherd.model.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from vmherd.rpc.status import from_rpc_error
 
@@ -26,7 +27,7 @@ def status_field(pid: int, name: str) -> str:
 async def test_a_machine_runs_confined_and_on_its_own_until_it_is_stopped(house: House) -> None:
     machine = house.machine()
     async with house.watching() as news:
-        process = await house.start(machine)
+        process = await house.up(machine)
         assert await anext(news) == process
         assert (process.uid, process.name, process.generation) == (machine.uid, "idle", 1)
         assert abs(process.start_time.seconds - time.time()) < 60
@@ -55,32 +56,41 @@ async def test_a_machine_runs_confined_and_on_its_own_until_it_is_stopped(house:
     await house.release(machine.uid)  # again: nothing to do
 
 
-async def test_qmp_is_free_for_the_caller_once_start_has_answered(house: House) -> None:
+async def test_the_control_socket_is_the_caller_s_from_the_first_moment(house: House) -> None:
     machine = house.machine()
-    await house.start(machine)
-    async with asyncio.timeout(5):
-        reader, writer = await asyncio.open_unix_connection(house.instance(machine.uid).qmp)
-        assert (await reader.readline()).startswith(b'{"QMP"')
-        writer.write(b'{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n')
-        assert b'"return": {}' in await reader.readline()
-        assert b'"running": true' in await reader.readline()
-        writer.close()
-        await writer.wait_closed()
+    async with asyncio.TaskGroup() as group:
+        start = group.create_task(house.start(machine))
+        async with house.qmp(machine.uid) as execute, asyncio.timeout(5):
+            await start  # with the one place for a client taken
+            assert b'"running": true' in await execute("query-status")
 
 
 async def test_the_same_start_is_done_once(house: House) -> None:
     machine = house.machine()
     processes = await asyncio.gather(*(house.start(machine) for _ in range(5)))
     assert all(process == processes[0] for process in processes)
+    assert await house.up(machine) == processes[0]
     assert house.qemu_pids() == [processes[0].pid]
     stopped = await house.stop(machine)
     assert await house.start(machine) == stopped  # this start has been; it takes a new generation to start again
     assert house.qemu_pids() == []
 
 
+async def test_starts_that_are_given_up_and_made_again_are_done_once(house: House) -> None:
+    machines = [house.machine() for _ in range(4)]
+    starts = [asyncio.create_task(house.start(machine)) for machine in machines]
+    await asyncio.wait(starts, return_when=asyncio.FIRST_COMPLETED)
+    for start in starts:
+        start.cancel()
+    await asyncio.gather(*starts, return_exceptions=True)
+    processes = [await house.up(machine) for machine in machines]
+    assert {process.pid for process in await house.processes()} == {process.pid for process in processes}
+    assert sorted(process.pid for process in processes) == sorted(house.qemu_pids())
+
+
 async def test_another_generation_is_refused_while_one_runs_and_replaces_it_afterwards(house: House) -> None:
     second = house.machine(generation=2)
-    running = await house.start(second)
+    running = await house.up(second)
     for generation in (1, 3):
         other = house.machine(uid=second.uid, generation=generation)
         for attempt in (house.start(other), house.stop(other)):
@@ -115,7 +125,7 @@ async def test_kill_is_seen_within_a_second_with_its_signal_by_every_watcher(hou
 
 async def test_a_qemu_that_ignores_sigterm_is_killed_after_the_grace(house: House) -> None:
     machine = house.machine()
-    process = await house.start(machine)
+    process = await house.up(machine)
     os.kill(process.pid, signal.SIGSTOP)
     started_s = time.monotonic()
     assert (await house.stop(machine, grace_s=1)).signal == signal.SIGKILL
@@ -128,30 +138,52 @@ async def test_no_grace_kills_at_once(house: House) -> None:
     assert (await house.stop(machine)).signal == signal.SIGKILL
 
 
-async def test_a_kernel_that_is_none_fails_the_start_with_what_qemu_says(house: House) -> None:
+async def test_a_kernel_that_is_none_ends_qemu_with_what_it_says(house: House) -> None:
     house.kernel.write_bytes(b"not a kernel")
     machine = house.machine()
+    process = await house.start(machine)
+    assert not process.HasField("end_time")
+    ended = await house.end(machine)
+    assert ended.pid == process.pid
+    assert ended.exit_code == 1
+    assert "kernel" in ended.stderr_tail
+    assert await house.processes() == [ended]
+    assert await house.start(machine) == ended
+    house.kernel.write_bytes(b"")
+    second = house.machine(uid=machine.uid, generation=2)
+    await house.start(second)
+    assert (await house.end(second)).exit_code == 1
+
+
+async def test_a_disk_that_another_machine_holds_ends_qemu_with_what_it_says(house: House) -> None:
+    machine = house.machine()
+    machine.disks.append(machine.disks[0])
+    await house.start(machine)
+    ended = await house.end(machine)
+    assert ended.exit_code == 1
+    assert "lock" in ended.stderr_tail
+
+
+async def test_a_program_that_cannot_be_executed_fails_the_start_and_leaves_nothing(house: House) -> None:
+    await house.close(signal.SIGTERM)
+    interpreter, program = house.state.path / "sh", house.state.path / "qemu"
+    interpreter.symlink_to("/bin/sh")
+    program.write_text(f"#!{interpreter}\necho 'QEMU emulator version 99.1 (Test)'\n")
+    program.chmod(0o755)
+    house.settings.qemu_binary = str(program)
+    await house.open()
+    machine = house.machine()
+    await house.stub.Plan(qemu_pb2.PlanRequest(machine=machine), timeout=DEADLINE_S)  # now it is known as a QEMU
+    interpreter.unlink()
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await house.start(machine)
     error = from_rpc_error(refused.value)
     assert isinstance(error, FailedPrecondition)
     assert error.reason == "QEMU_DID_NOT_START"
     assert error.metadata["name"] == "idle"
-    assert "exited with code 1" in error.message
-    assert "kernel" in error.message
-    (ended,) = await house.processes()
-    assert ended.exit_code == 1
-    assert "kernel" in ended.stderr_tail
-    house.kernel.write_bytes(b"")
-    with pytest.raises(grpc.aio.AioRpcError, match="QEMU exited with code 1"):
-        await house.start(house.machine(uid=machine.uid, generation=2))
-
-
-async def test_a_disk_that_another_machine_holds_fails_the_start(house: House) -> None:
-    machine = house.machine()
-    machine.disks.append(machine.disks[0])
-    with pytest.raises(grpc.aio.AioRpcError, match="lock"):
-        await house.start(machine)
+    assert str(program) in error.message
+    assert await house.processes() == []
+    assert list(house.run.instances.iterdir()) == []
 
 
 async def test_a_running_process_cannot_be_released(house: House) -> None:

@@ -63,19 +63,6 @@ def test_a_record_with_a_wrong_value_is_refused(tmp_path: Path, changes: dict[st
         read_record(path)
 
 
-@pytest.mark.parametrize(
-    ("process", "words"),
-    [
-        (replace(RUNS, ended_at_s=2.0), "ended"),
-        (replace(RUNS, ended_at_s=2.0, exit_code=1), "exited with code 1"),
-        (replace(RUNS, ended_at_s=2.0, signal=9), "was ended by signal 9 (Killed)"),
-        (replace(RUNS, ended_at_s=2.0, signal=34), "was ended by signal 34 (Real-time signal 0)"),
-    ],
-)
-def test_an_end_in_words(process: Process, words: str) -> None:
-    assert process.end() == words
-
-
 def test_a_start_time_is_read_past_any_name(tmp_path: Path) -> None:
     program = tmp_path / "a) R 1 (2"
     shutil.copy("/bin/sleep", program)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vmherd.model import lifecycle
-from vmherd.model.errors import FailedPrecondition, illegal_transition
+from vmherd.model.errors import FailedPrecondition, ResourceExhausted, illegal_transition
 from vmherd.model.instance import Instance, Operation, Verb
 from vmherd.model.lifecycle import Event, State
 
 JOINABLE = frozenset({Verb.STOP, Verb.DELETE})
 """Asked for again while it is under way, one of these joins the first; asked for during another, it ends that one."""
+
+JOINED_MAX = 64
+"""How many request ids one operation may have: they all get their outcome in one transaction, and that has a limit."""
 
 DELETABLE = frozenset({State.STOPPED, State.FAILED})
 DELETABLE_BY_FORCE = frozenset(State) - {State.UNKNOWN}
@@ -33,16 +36,25 @@ def admit(instance: Instance, asked: Operation) -> tuple[Operation, Operation | 
 
     Raises:
         FailedPrecondition: the instance's state, or what is under way, forbids it.
+        ResourceExhausted: as many as can be answered have asked for it already.
     """
     current = instance.operation
     if asked.verb is Verb.DELETE:
         _check_delete(instance, asked)
+        asked = replace(asked, force=True)  # from here on there is one kind of delete, and nothing stops it
     else:
         check_state(instance, Event.START if asked.verb is Verb.START else Event.STOP, asked.verb)
     if not current:
         return asked, None
     if current.verb is asked.verb and asked.verb in JOINABLE:
         joined = (*current.request_ids, *asked.request_ids)
+        if len(joined) > JOINED_MAX:
+            raise ResourceExhausted(
+                f"{len(current.request_ids)} requests wait for the {current.verb} of {instance.name!r} already; "
+                "wait until it is done",
+                reason="TOO_MANY_REQUESTS",
+                metadata={"name": instance.name, "operation": current.verb},
+            )
         return replace(current, request_ids=joined, force=current.force or asked.force), None
     if asked.verb in JOINABLE and current.verb is not Verb.DELETE:
         return asked, current

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -36,9 +40,11 @@ async def run(settings: ControllerSettings) -> None:
     run_directory, state = RunDirectory(Path(settings.run_dir)), StateDirectory(Path(settings.state_dir))
     check_socket_path(run_directory.longest_socket_path())
     token = _read_token(settings.token_file) if settings.listen_tcp else ""
-    store = _open_store(state)
-    channel = open_channel(Path(settings.qemu))
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_owned(state))
+        store = _open_store(state)
+        stack.push_async_callback(store.close)
+        channel = await stack.enter_async_context(open_channel(Path(settings.qemu)))
         world = World(
             store=store,
             helper=Helper(channel, settings.qemu),
@@ -48,8 +54,9 @@ async def run(settings: ControllerSettings) -> None:
             stop_grace_s=_seconds(settings, "stop_grace", STOP_GRACE_DEFAULT_S),
         )
         herd = Herd(world)
-        guest = GuestServicer(herd, _seconds(settings, "agent_timeout", AGENT_TIMEOUT_DEFAULT_S))
+        stack.push_async_callback(herd.close)
         await herd.open()
+        guest = GuestServicer(herd, _seconds(settings, "agent_timeout", AGENT_TIMEOUT_DEFAULT_S))
         services = {
             controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name: lambda server: (
                 controller_pb2_grpc.add_ControllerServiceServicer_to_server(ControllerServicer(herd, store), server)
@@ -60,36 +67,53 @@ async def run(settings: ControllerSettings) -> None:
                 )
             ),
         }
+        port = await stack.enter_async_context(
+            serving(services, Path(settings.listen), tcp=settings.listen_tcp, token=token)
+        )
+        _log.info("controller is ready", socket=settings.listen, tcp_port=port)
+        await until_signalled()
+
+
+@contextlib.contextmanager
+def _owned(state: StateDirectory) -> Iterator[None]:
+    """Makes the state directory and keeps other controllers out: each would drive the instances of the other."""
+    with contextlib.ExitStack() as stack:
         try:
-            async with serving(services, Path(settings.listen), tcp=settings.listen_tcp, token=token) as port:
-                _log.info("controller is ready", socket=settings.listen, tcp_port=port)
-                await until_signalled()
-        finally:
-            await herd.close()
-    finally:
-        await channel.close()
-        await store.close()
+            state.instances.mkdir(parents=True, exist_ok=True)
+            lock = os.open(state.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _not_usable(state, "another controller works in it") from error
+        except OSError as error:
+            raise _not_usable(state, str(error)) from error
+        yield
 
 
 def _open_store(state: StateDirectory) -> SqliteStore:
     try:
-        state.instances.mkdir(parents=True, exist_ok=True)
         return SqliteStore(state.store)
-    except (OSError, StoreError) as error:
-        raise FailedPrecondition(
-            f"the state directory {state.path} cannot be used: {error}", reason="STATE_NOT_USABLE"
-        ) from error
+    except StoreError as error:
+        raise _not_usable(state, str(error)) from error
+
+
+def _not_usable(state: StateDirectory, why: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"the state directory {state.path} cannot be used: {why}; choose another one",
+        reason="STATE_NOT_USABLE",
+        metadata={"path": state.path},
+    )
 
 
 def _read_token(path: str) -> str:
     try:
-        token = Path(path).read_text().strip()
-    except OSError as error:
+        token = Path(path).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
         raise FailedPrecondition(
-            f"cannot read the token file {path}: {error.strerror}; gRPC on TCP needs one", reason="TOKEN_NOT_READABLE"
+            f"cannot read the token file {path}: {error}; gRPC on TCP needs one", reason="TOKEN_NOT_READABLE"
         ) from error
     if not token:
-        raise FailedPrecondition(f"the token file {path} is empty; gRPC on TCP needs one", reason="TOKEN_NOT_READABLE")
+        raise FailedPrecondition(f"the token file {path} is empty; gRPC on TCP needs one", reason="TOKEN_NOT_USABLE")
     return token
 
 

@@ -61,8 +61,16 @@ def seconds(request: Message, field: str, *, default_s: float, minimum_s: float 
 
 
 def rung_of(condition: controller_pb2.WaitRequest.Condition.ValueType) -> Rung | None:
-    """The rung that a wait is for; None when it is for the end."""
-    match controller_pb2.WaitRequest.Condition.Name(condition):
+    """The rung that a wait is for; None when it is for the end.
+
+    Raises:
+        InvalidArgument: there is no such condition; protobuf lets any number pass.
+    """
+    conditions = controller_pb2.WaitRequest.Condition
+    if condition not in conditions.values():
+        known = ", ".join(conditions.keys()[1:])
+        raise InvalidArgument.of([FieldViolation("until", f"must be one of {known}, is {condition}")])
+    match conditions.Name(condition):
         case "STOPPED":
             return None
         case "CONDITION_UNSPECIFIED":
@@ -136,7 +144,7 @@ def _readiness(instance: Instance) -> instance_pb2.Readiness:
 
 
 def _exit(exit_: Exit) -> instance_pb2.Exit:
-    message = instance_pb2.Exit(
+    return instance_pb2.Exit(
         cause=instance_pb2.Exit.Cause.Value(exit_.cause),
         detail=exit_.detail,
         stop_step=instance_pb2.Exit.StopStep.Value(
@@ -147,9 +155,6 @@ def _exit(exit_: Exit) -> instance_pb2.Exit:
         stderr_tail=exit_.stderr_tail,
         end_time=_timestamp(exit_.ended_at_s),
     )
-    if exit_.stop_step:
-        message.stop_step = instance_pb2.Exit.StopStep.Value(exit_.stop_step.name)
-    return message
 
 
 def _timestamp(epoch_s: float) -> Timestamp:

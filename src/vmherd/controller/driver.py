@@ -11,17 +11,19 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
+from vmherd.controller.admission import check_state
 from vmherd.guest_agent import AgentError
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
-from vmherd.model.errors import Aborted, DeadlineExceeded, NotFound, Unavailable, VmherdError
+from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, VmherdError
 from vmherd.model.instance import Cause, Exit, Instance, Operation, StopStep, Verb
 from vmherd.model.layout import StateDirectory
-from vmherd.model.lifecycle import ACTIVE, State
+from vmherd.model.lifecycle import ACTIVE, Event, State
 from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, mac_of
 from vmherd.model.readiness import Rung
 
@@ -36,6 +38,7 @@ UNDER_CONTROL_TIMEOUT_S = 15.0
 END_TIMEOUT_S = 5.0
 """From telling QEMU to quit, or killing it, to its end."""
 
+TOGGLE_TIMEOUT_S = 5.0
 QMP_RETURN_TIMEOUT_S = 5.0
 AGENT_TIMEOUT_S = 5.0
 HELPER_RETRY_S = 0.2
@@ -54,18 +57,40 @@ async def carry_out(operation: Operation, supervisor: Supervisor) -> None:
     await _STEPS[operation.verb](operation, supervisor)
 
 
-async def _launch(_: Operation, supervisor: Supervisor) -> None:
-    path = supervisor.world.state.instance(supervisor.instance.uid)
+async def toggle(supervisor: Supervisor, event: Event) -> None:
+    """Pauses or resumes a machine; answers when QEMU says that it has.
+
+    Raises:
+        FailedPrecondition: the instance's state forbids it.
+        VmherdError: QEMU cannot be asked, refused or did not do it in time.
+    """
+    verb, command = _TOGGLES[event]
+    name, before = supervisor.instance.name, supervisor.instance.state
+    check_state(supervisor.instance, event, verb)
+    await supervisor.monitor.execute(command)
     try:
-        await asyncio.to_thread(_make_disk, path.path, path.disk)
-    except OSError as error:
-        raise await _start_failed(supervisor, f"cannot make the disk {path.disk}: {error.strerror}") from error
-    if supervisor.instance.state in ACTIVE:
-        await _bring_up(supervisor)
+        async with asyncio.timeout(TOGGLE_TIMEOUT_S):
+            await supervisor.until(lambda: supervisor.instance.state != before)
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"QEMU took the {verb} of {name!r} and did not carry it out within {TOGGLE_TIMEOUT_S:g} s",
+            reason="PAUSE_TIMEOUT",
+            metadata={"name": name},
+        ) from error
+
+
+_TOGGLES = {Event.PAUSE: ("pause", "stop"), Event.RESUME: ("resume", "cont")}
+"""What vmherd and what QEMU calls it."""
 
 
 async def _start(_: Operation, supervisor: Supervisor) -> None:
-    await _bring_up(supervisor)
+    path = supervisor.world.state.instance(supervisor.instance.uid)
+    try:
+        await _in_thread(partial(_make_disk, path.path, path.disk))
+    except OSError as error:
+        raise await _start_failed(supervisor, f"cannot make the disk {path.disk}: {error.strerror}") from error
+    if supervisor.instance.state in ACTIVE:  # a launch may be without a start
+        await _bring_up(supervisor)
 
 
 async def _stop(operation: Operation, supervisor: Supervisor) -> None:
@@ -74,7 +99,7 @@ async def _stop(operation: Operation, supervisor: Supervisor) -> None:
 
 async def _restart(operation: Operation, supervisor: Supervisor) -> None:
     await _bring_down(operation, supervisor)
-    await supervisor.tell(supervisor.start_again)
+    await supervisor.start_again()
     await _bring_up(supervisor)
 
 
@@ -84,7 +109,7 @@ async def _delete(operation: Operation, supervisor: Supervisor) -> None:
     await _with_helper(supervisor, lambda: supervisor.world.helper.release(uid))
     path = supervisor.world.state.instance(uid).path
     try:
-        await asyncio.to_thread(shutil.rmtree, path)
+        await _in_thread(partial(shutil.rmtree, path))
     except FileNotFoundError:
         pass  # an earlier try got this far
     except OSError as error:
@@ -92,7 +117,7 @@ async def _delete(operation: Operation, supervisor: Supervisor) -> None:
 
 
 _STEPS: dict[Verb, Callable[[Operation, Supervisor], Awaitable[None]]] = {
-    Verb.LAUNCH: _launch,
+    Verb.LAUNCH: _start,
     Verb.START: _start,
     Verb.STOP: _stop,
     Verb.RESTART: _restart,
@@ -118,6 +143,15 @@ def machine_of(instance: Instance, image: KernelImage, state: StateDirectory) ->
     )
 
 
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Does blocking work to its end, also when cancelled: two must not be at work on one instance's files."""
+    doing = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(doing)
+    finally:
+        await asyncio.wait([doing])
+
+
 def _make_disk(directory: os.PathLike[str], disk: os.PathLike[str]) -> None:
     os.makedirs(directory, mode=0o700, exist_ok=True)
     descriptor = os.open(disk, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -136,12 +170,12 @@ async def _bring_up(supervisor: Supervisor) -> None:
     except (VmherdError, ImageError) as error:
         tail = error.metadata.get("stderr_tail", "") if isinstance(error, VmherdError) else ""
         raise await _start_failed(supervisor, str(error), tail) from error
-    supervisor.process_seen(process)
+    supervisor.process_started(process)
     try:
         async with asyncio.timeout(UNDER_CONTROL_TIMEOUT_S):
             await supervisor.until(lambda: supervisor.ended.is_set() or _under_control(supervisor.instance))
     except TimeoutError as error:
-        await world.helper.kill(instance.uid, instance.generation)
+        await _kill(supervisor)
         detail = f"QEMU did not answer on its control socket within {UNDER_CONTROL_TIMEOUT_S:g} s and was killed"
         raise await _start_failed(supervisor, detail) from error
     if supervisor.instance.state is State.FAILED:
@@ -155,14 +189,14 @@ def _under_control(instance: Instance) -> bool:
 
 async def _start_failed(supervisor: Supervisor, detail: str, stderr_tail: str = "") -> Aborted:
     exit_ = Exit(Cause.START_FAILED, detail, ended_at_s=time.time(), stderr_tail=stderr_tail)
-    await supervisor.tell(lambda: supervisor.start_failed(exit_))
+    await supervisor.start_failed(exit_)
     return _not_started(supervisor.instance.name, detail, stderr_tail)
 
 
 def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
     metadata = {"name": name} | ({"stderr_tail": stderr_tail} if stderr_tail else {})
     return Aborted(
-        f"{name!r} did not start and is FAILED: {detail}; mend that and start it again, or delete it",
+        f"{name!r} did not start: {detail}; mend that and start it again, or delete it",
         reason="START_FAILED",
         metadata=metadata,
     )
@@ -170,11 +204,11 @@ def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
 
 async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
     """Climbs down the ladder of a stop until QEMU has ended; `Supervisor.stop_step` says where it stands."""
-    forced = operation.force or operation.verb is Verb.DELETE
-    if not forced:
-        await _know_where_it_stands(supervisor)
+    if not operation.force and _under_control(supervisor.instance):
+        await _give_qemu_time_to_answer(supervisor)
     grace_s = supervisor.world.stop_grace_s if operation.grace_s is None else operation.grace_s
-    for step in (StopStep.KILL,) if forced else StopStep:
+    for step in (StopStep.KILL,) if operation.force else StopStep:
+        await _until_somebody_answers(supervisor, step)
         if supervisor.ended.is_set():
             return
         supervisor.stop_step = step
@@ -182,8 +216,10 @@ async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
             async with asyncio.timeout(grace_s if step in GRACEFUL else END_TIMEOUT_S):
                 await _LADDER[step](supervisor)
                 await supervisor.ended.wait()
-        except (VmherdError, AgentError, TimeoutError) as error:
-            _log.info("a step of a stop did not work", name=supervisor.instance.name, step=step.name, why=str(error))
+        except (VmherdError, AgentError) as error:
+            _log.info("a step of a stop failed", name=supervisor.instance.name, step=step.name, why=str(error))
+        except TimeoutError:
+            _log.info("a step of a stop took too long", name=supervisor.instance.name, step=step.name)
     if not supervisor.ended.is_set():
         raise DeadlineExceeded(
             f"{supervisor.instance.name!r} did not stop: not even SIGKILL ended QEMU; its host may wait for storage",
@@ -192,11 +228,17 @@ async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
         )
 
 
-async def _know_where_it_stands(supervisor: Supervisor) -> None:
-    """Gives a new controller the time to find QEMU again; otherwise it would go straight for the kill."""
+async def _until_somebody_answers(supervisor: Supervisor, step: StopStep) -> None:
+    """Waits for one who can carry the step out, or say that there is nothing left to stop."""
+    helper, monitor = supervisor.world.helper, supervisor.monitor
     await supervisor.until(
-        lambda: supervisor.ended.is_set() or supervisor.monitor.up or supervisor.world.helper.connected
+        lambda: supervisor.ended.is_set() or helper.connected or (monitor.up and step is not StopStep.KILL)
     )
+
+
+async def _give_qemu_time_to_answer(supervisor: Supervisor) -> None:
+    """Lets a new controller find QEMU again; otherwise it would go straight for the kill."""
+    await _until_somebody_answers(supervisor, StopStep.AGENT)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(QMP_RETURN_TIMEOUT_S):
             await supervisor.until(lambda: supervisor.ended.is_set() or supervisor.monitor.up)
@@ -219,7 +261,7 @@ async def _kill(supervisor: Supervisor) -> None:
     uid, generation = supervisor.instance.uid, supervisor.instance.generation
     try:
         process = await _with_helper(supervisor, lambda: supervisor.world.helper.kill(uid, generation))
-    except NotFound:
+    except (NotFound, FailedPrecondition):  # there is none, or that of an earlier start, which has ended
         supervisor.process_not_seen()
     else:
         supervisor.process_seen(process)
@@ -241,6 +283,6 @@ async def _with_helper(supervisor: Supervisor, call: Callable[[], Awaitable[T]])
     while True:
         try:
             return await call()
-        except Unavailable:
+        except (Unavailable, DeadlineExceeded):
             await asyncio.sleep(HELPER_RETRY_S)
             await supervisor.world.helper.wait_connected()

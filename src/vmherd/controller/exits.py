@@ -26,7 +26,9 @@ def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutd
     `stop_step` is the step of a stop that was being tried, `stopping` whether a stop was under way at all, and
     `shutdown_reason` the reason that QEMU gave for going down, empty when it gave none.
     """
-    killed_by_us = stop_step is StopStep.KILL
+    # An earlier controller may have got as far as the kill, and the next one does not know of its steps.
+    while_away = stopping and stop_step is None
+    killed_by_us = stop_step is StopStep.KILL or (while_away and process.signal == signals.SIGKILL)
     if shutdown_reason == GUEST_PANIC:
         event, cause, detail = Event.DIED, Cause.GUEST_PANIC, "the guest's kernel panicked; its console's log tells why"
     elif process.signal is not None and not killed_by_us:
@@ -35,7 +37,7 @@ def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutd
         event, cause, detail = Event.DIED, Cause.CRASHED, f"QEMU exited with code {process.exit_code}"
     elif stop_step is not None:
         event, cause, detail = Event.ENDED, Cause.STOPPED, STOP_STEP_NAMES[stop_step]
-    elif stopping and shutdown_reason != HOST_SIGNAL:
+    elif while_away and shutdown_reason != HOST_SIGNAL:
         event, cause, detail = Event.ENDED, Cause.STOPPED, "it ended during a stop while the controller was away"
     elif shutdown_reason == HOST_SIGNAL:
         event, cause, detail = Event.DIED, Cause.CRASHED, "somebody else told QEMU to terminate"

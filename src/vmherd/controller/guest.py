@@ -33,6 +33,8 @@ ANSWER_MARGIN_S = 0.05
 
 WORDS_MAX = 1024
 INPUT_MAX_BYTES = 16 << 20
+NAME_SHOWN = 64
+"""How much of a wrong variable's name an error shows."""
 
 ERRORS: dict[type[AgentError], tuple[type[VmherdError], str]] = {
     guest_agent.AgentNotConfigured: (errors.FailedPrecondition, "AGENT_NOT_CONFIGURED"),
@@ -145,7 +147,8 @@ def _check_run(request: guest_pb2.RunRequest) -> list[FieldViolation]:
         violations.append(FieldViolation("command", "must not hold a NUL character"))
     for key, value in request.environment.items():
         if not key or "=" in key or "\0" in key + value:
-            violations.append(FieldViolation(f"environment[{key!r}]", "a name is not empty, and without '=' and NUL"))
+            field = f"environment[{key[:NAME_SHOWN]!r}]"
+            violations.append(FieldViolation(field, "a name is not empty, and without '=' and NUL"))
     if len(request.input) > INPUT_MAX_BYTES:
         violations.append(FieldViolation("input", f"must have at most {INPUT_MAX_BYTES} bytes"))
     return violations

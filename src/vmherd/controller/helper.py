@@ -24,6 +24,9 @@ _log = structlog.get_logger()
 CALL_TIMEOUT_S = 60.0
 """Long, because the first question about the host makes the helper measure its accelerators."""
 
+PATIENCE_S = 0.5
+"""How long the helper may take to answer before it counts as lost; a connection is made in milliseconds."""
+
 RECONNECT_DELAY_S = 0.2
 
 
@@ -70,6 +73,8 @@ class Helper:
         self._stub = qemu_pb2_grpc.QemuServiceStub(channel)
         self._socket = socket
         self._connected = asyncio.Event()
+        self.lost = False
+        """Whether the helper cannot be reached. Right after the start nobody knows: neither connected nor lost."""
 
     @property
     def connected(self) -> bool:
@@ -114,35 +119,48 @@ class Helper:
 
     async def follow(self, listener: Listener) -> None:
         """Tells the listener what the helper tells, over every loss of the connection, until cancelled."""
-        told = False
         while True:
             try:
                 await self._follow_once(listener)
+                why = "it ended the stream"
             except grpc.aio.AioRpcError as error:
-                if not told:
-                    _log.warning("waiting for the helper", socket=self._socket, error=error.details())
-                    told = True
-            if self.connected:
-                _log.warning("lost the helper; its machines run on", socket=self._socket)
-                told = True
-            self._connected.clear()
-            listener.helper_lost()
+                why = error.details() or error.code().name
+            self._lose(listener, why)
             await asyncio.sleep(RECONNECT_DELAY_S)
 
     async def _follow_once(self, listener: Listener) -> None:
-        call = self._stub.Watch(qemu_pb2.WatchRequest())
-        seen: set[str] = set()
+        # The channel connects as soon as there is somebody to connect to; until then the call just waits.
+        call = self._stub.Watch(qemu_pb2.WatchRequest(), wait_for_ready=True)
+        impatience = asyncio.get_running_loop().call_later(PATIENCE_S, self._lose, listener, "nobody answers")
+        at_first: list[Process] = []
         try:
             async for message in call:
                 if message.synced:
-                    _log.info("connected to the helper", socket=self._socket, processes=len(seen))
-                    self._connected.set()
-                    listener.all_seen(frozenset(seen))
-                    continue
-                seen.add(message.process.uid)
-                listener.process_seen(_process(message.process))
+                    impatience.cancel()
+                    self._come_up(listener, at_first)
+                elif self.connected:
+                    listener.process_seen(_process(message.process))
+                else:
+                    at_first.append(_process(message.process))
         finally:
+            impatience.cancel()
             call.cancel()  # an abandoned stream would leak its handler over there
+
+    def _come_up(self, listener: Listener, processes: list[Process]) -> None:
+        # Whoever hears of a process can make calls already.
+        _log.info("connected to the helper", socket=self._socket, processes=len(processes))
+        self.lost = False
+        self._connected.set()
+        for process in processes:
+            listener.process_seen(process)
+        listener.all_seen(frozenset(process.uid for process in processes))
+
+    def _lose(self, listener: Listener, why: str) -> None:
+        if not self.lost:
+            _log.warning("waiting for the helper; its machines run on", socket=self._socket, why=why)
+        self.lost = True
+        self._connected.clear()
+        listener.helper_lost()
 
     async def _call(self, method: Callable[..., Awaitable[T]], request: Message) -> T:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -35,7 +35,7 @@ from vmherd.model.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Unavailable,
+    VmherdError,
     instance_not_found,
     name_taken,
 )
@@ -65,10 +65,13 @@ class Herd:
         self._world = world
         self._supervisors: dict[str, Supervisor] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._revision = 0
+        self._adding = asyncio.Lock()
+        """Held while an instance is in the store and has no supervisor yet."""
 
     async def open(self) -> None:
         """Takes up every instance of the store and begins to follow the helper."""
-        entries, _ = await self._world.store.list(INSTANCES)
+        entries, self._revision = await self._world.store.list(INSTANCES)
         for entry in entries:
             self._add(decode_instance(entry.value), entry.mod_revision)
         self._spawn(self._world.helper.follow(self))
@@ -93,6 +96,7 @@ class Herd:
             Unavailable: the helper cannot be reached; nothing was made.
             Aborted: the instance was made and did not start.
         """
+        _refuse(check_launch(spec))
         known = await self._replayed(spec.request_id, fingerprint)
         if known:
             return _snapshot(known)
@@ -114,7 +118,9 @@ class Herd:
             puts.append(put)
             compares.insert(0, compare)
         try:
-            revision = await self._world.store.transact(puts, compares)
+            async with self._adding:
+                revision = await self._world.store.transact(puts, compares)
+                supervisor = self._add(instance, revision)
         except Conflict as conflict:
             known = await self._replayed(request_id, fingerprint) if conflict.key != key else None
             if known:
@@ -122,7 +128,7 @@ class Herd:
             raise name_taken(instance.name) from conflict
         except StoreError as error:
             raise _not_stored(error) from error
-        return await self._add(instance, revision).outcome(operation.id)
+        return await supervisor.outcome(operation.id)
 
     async def command(
         self,
@@ -143,9 +149,7 @@ class Herd:
             Unavailable: the helper cannot be reached and the command needs it; nothing was begun.
             Aborted: it was carried out and failed.
         """
-        violations = list(check_request_id(request_id))
-        if violations:
-            raise InvalidArgument.of(violations)
+        _refuse(check_request_id(request_id))
         outcome = await self._replayed(request_id, fingerprint)
         if not outcome:
             supervisor = self.find(name)
@@ -155,12 +159,11 @@ class Herd:
             request = Request(verb, fingerprint, name, operation.id, time.time()) if request_id else None
             try:
                 outcome = await supervisor.submit(operation, request)
-            except Conflict as conflict:
+            except (VmherdError, StoreError) as error:
+                # Of two equal requests at once the second is the first one again, and none that the state forbids.
                 outcome = await self._replayed(request_id, fingerprint)
                 if not outcome:
-                    raise _not_stored(conflict) from conflict
-            except StoreError as error:
-                raise _not_stored(error) from error
+                    raise _not_stored(error) if isinstance(error, StoreError) else error from error
         return _snapshot(outcome)
 
     async def pause(self, name: str) -> Snapshot:
@@ -180,17 +183,20 @@ class Herd:
         """Those of all instances there are."""
         return [supervisor for supervisor in self._supervisors.values() if not supervisor.deleted]
 
+    @property
+    def revision(self) -> int:
+        """The store's revision up to which `supervisors` show every change: who watches from here misses nothing."""
+        return max(self._revision, *(supervisor.revision for supervisor in self._supervisors.values()), 0)
+
     async def plan(self, spec: LaunchSpec) -> Plan:
         """What a launch would run; raises what the launch would raise before it makes anything."""
+        _refuse(check_launch(spec))
         instance, image = await self._planned(spec)
         host = await self._world.helper.host()
         argv = await self._world.helper.plan(machine_of(replace(instance, generation=1), image, self._world.state))
         return Plan(instance, tuple(argv), f"{host.accelerator} ({host.accelerator_detail})")
 
     async def _planned(self, spec: LaunchSpec) -> tuple[Instance, KernelImage]:
-        violations = list(check_launch(spec))
-        if violations:
-            raise InvalidArgument.of(violations)
         if spec.name in self._supervisors and not self._supervisors[spec.name].deleted:
             raise name_taken(spec.name)
         try:
@@ -205,14 +211,8 @@ class Herd:
         )
         host = await self._world.helper.host()
         if hardware.memory_mib > host.memory_mib:
-            raise InvalidArgument.of(
-                [
-                    FieldViolation(
-                        "hardware.memory_mib",
-                        f"must be at most the host's {host.memory_mib} MiB, is {hardware.memory_mib}",
-                    )
-                ]
-            )
+            why = f"must be at most the host's {host.memory_mib} MiB, is {hardware.memory_mib}"
+            raise InvalidArgument.of([FieldViolation("hardware.memory_mib", why)])
         instance = Instance(
             name=spec.name,
             uid=str(uuid4()),
@@ -262,27 +262,35 @@ class Herd:
 
     async def _supervise(self, supervisor: Supervisor) -> None:
         await supervisor.run()
+        self._revision = max(self._revision, supervisor.revision)
         if self._supervisors.get(supervisor.instance.name) is supervisor:
             del self._supervisors[supervisor.instance.name]
 
     async def _replayed(self, request_id: str, fingerprint: str) -> Outcome | None:
         """What came of an earlier request with this id; waits for it where it is under way. None for a new one."""
-        while request := await requests.find(self._world.store, request_id, fingerprint):
-            if request.outcome:
-                return request.outcome
-            supervisor = self._supervisors.get(request.name)
-            if not supervisor:
-                raise Unavailable("the first request with this id is being taken up; ask again", reason="TRY_AGAIN")
+        while True:
+            async with self._adding:
+                request = await requests.find(self._world.store, request_id, fingerprint)
+            if not request or request.outcome:
+                return request and request.outcome
+            supervisor = self._supervisors[request.name]
             with contextlib.suppress(LookupError):  # it was settled since the store was read
                 return await supervisor.outcome(request.operation_id)
-        return None
 
     async def _keep_house(self) -> None:
         """Forgets old requests and old changes, for the store must not grow for ever."""
+        store = self._world.store
         while True:
-            await requests.forget_old(self._world.store)
-            _, revision = await self._world.store.list(INSTANCES)
-            await self._world.store.compact(max(0, revision - REVISIONS_KEPT))
+            try:
+                await requests.forget_old(store, time.time() - requests.KEPT_S)
+                _, revision = await store.list(INSTANCES)
+                upto = max(0, revision - REVISIONS_KEPT)
+                await store.compact(upto)
+            except StoreError as error:
+                _log.error("old requests and changes were not forgotten; trying again later", error=str(error))
+            else:
+                # However long no instance has changed, `List` names a revision that can still be watched from.
+                self._revision = max(self._revision, upto)
             await asyncio.sleep(HOUSEKEEPING_PERIOD_S)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -296,6 +304,11 @@ def _operation(verb: Verb, request_id: str, *, force: bool = False, grace_s: flo
     return Operation(
         id=uuid4().hex, verb=verb, request_ids=(request_id,) if request_id else (), force=force, grace_s=grace_s
     )
+
+
+def _refuse(violations: Iterable[FieldViolation]) -> None:
+    if listed := list(violations):
+        raise InvalidArgument.of(listed)
 
 
 def _snapshot(outcome: Outcome) -> Snapshot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -25,12 +26,18 @@ from vmherd.model.errors import Aborted, DeadlineExceeded, Unavailable
 
 _log = structlog.get_logger()
 
+# The library calls every failed attempt to connect an error, and a cancelled one a defect. `Monitor` says what matters.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+
 AGENT_PORT = "agent0"
 """The `id` of the guest agent's port; `VSERPORT_CHANGE` names it."""
 
 AGENT_CHARDEV = "qga0"
 COMMAND_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
+HANG_UP_TIMEOUT_S = 0.5
+"""From a process's end to the end of its connection; the kernel closes it before anybody hears of the end."""
+
 RETRY_DELAYS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Between attempts to connect; the last one again and again."""
 
@@ -42,7 +49,7 @@ class Sink(Protocol):
         """QEMU answers; this is how it is."""
 
     def qmp_down(self) -> None:
-        """The connection is gone."""
+        """The connection is gone, or the first attempt to make one failed."""
 
     def qmp_event(self, name: str, data: Mapping[str, object]) -> None:
         """QEMU has told an event."""
@@ -93,6 +100,10 @@ class Monitor:
         self._name = name
         self._sink = sink
         self._client: QMPClient | None = None
+        self._down = asyncio.Event()
+        self._down.set()
+        self.tried = False
+        """Whether an attempt to reach QEMU has come to its end, good or bad. Before that it may well be there."""
 
     @property
     def up(self) -> bool:
@@ -107,13 +118,14 @@ class Monitor:
             events = _Events(self._sink)
             client.register_listener(events)
             try:
-                await asyncio.wait_for(client.connect(str(self._socket)), CONNECT_TIMEOUT_S)
-                await self._come_up(client)
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await client.connect(str(self._socket))
+                    await self._come_up(client)
                 events.release()  # only now: an event must not be overtaken by the older state that was asked for
                 failures = 0
                 while client.runstate is Runstate.RUNNING:
                     await client.runstate_changed()
-            except (ConnectError, TimeoutError, QMPError, Unavailable) as error:
+            except (ConnectError, TimeoutError, QMPError) as error:
                 _log.debug("QMP connection failed", name=self._name, error=str(error))
             finally:
                 await self._go_down(client)
@@ -128,16 +140,26 @@ class Monitor:
             for chardev in (chardevs if isinstance(chardevs, list) else [])
         )
         self._client = client
+        self._down.clear()
+        self.tried = True
         paused = isinstance(status, dict) and status.get("running") is not True
         self._sink.qmp_up(paused=paused, agent_open=agent_open)
 
     async def _go_down(self, client: QMPClient) -> None:
-        was_up = self._client is client
+        news = self._client is client or not self.tried
         self._client = None
+        self.tried = True
         with contextlib.suppress(EOFError, OSError, QMPError):  # QEMU hung up first, as most connections end
             await client.disconnect()
-        if was_up:
+        if news:
             self._sink.qmp_down()
+        self._down.set()
+
+    async def hung_up(self) -> None:
+        """Waits until QEMU, which has ended, is no longer connected, so that all that it told has reached the sink."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_TIMEOUT_S):
+                await self._down.wait()
 
     async def execute(self, command: str) -> object:
         """Carries out a QMP command without arguments.
@@ -150,7 +172,9 @@ class Monitor:
         if self._client is None:
             raise Unavailable(f"QEMU's control socket of {self._name!r} is not connected", reason="QMP_NOT_CONNECTED")
         try:
-            return await asyncio.wait_for(self._client.execute(command), COMMAND_TIMEOUT_S)
+            # Not wait_for(): until Python 3.12 it can swallow a cancellation, and with it the deadline of the caller.
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+                return await self._client.execute(command)
         except (ExecInterruptedError, StateError) as error:
             raise Unavailable(f"QEMU hung up during {command}", reason="QMP_NOT_CONNECTED") from error
         except TimeoutError as error:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import structlog
 
 from vmherd.controller.addresses import addresses_of
-from vmherd.guest_agent import AgentError, CommandUnavailable
+from vmherd.controller.inbox import Inbox
+from vmherd.controller.instance_record import InstanceRecord
+from vmherd.controller.tasks import cancelled, spawn
+from vmherd.guest_agent import AgentError, CommandUnavailable, GuestAgent
+from vmherd.model.instance import Address
 from vmherd.model.machine import mac_of
-
-if TYPE_CHECKING:
-    from vmherd.controller.supervisor import Supervisor
+from vmherd.model.readiness import Rung
 
 _log = structlog.get_logger()
 
@@ -28,36 +30,73 @@ ADDRESS_REFRESH_S = 30.0
 """Between looks once it has one."""
 
 
-async def probe(supervisor: Supervisor) -> None:
-    """Tells the supervisor when the agent answers and what addresses the guest has, until cancelled.
+class Probe:
+    """Keeps what the agent tells in an instance's record: its own rungs and the guest's addresses.
 
-    The agent has no events, so its answers have to be asked for.
+    The agent has no events, so its answers have to be asked for. A task asks, and the supervisor's task, which calls
+    the public methods, writes.
     """
-    while not await _answers(supervisor):  # noqa: ASYNC110  nothing in the guest tells us
-        await asyncio.sleep(PING_DELAY_S)
-    await supervisor.tell(supervisor.agent_answered)
-    macs = frozenset({mac_of(supervisor.instance.uid)})
-    looks = 0
-    while True:
+
+    def __init__(self, agent: GuestAgent, record: InstanceRecord, inbox: Inbox) -> None:
+        self._agent = agent
+        self._record = record
+        self._inbox = inbox
+        self._port_open = False
+        self._asking: asyncio.Task[None] | None = None
+
+    async def set_port_open(self, port_open: bool) -> None:
+        """Takes note of whether somebody in the guest holds the agent's port open."""
+        if port_open and not self._port_open:
+            self._asking = spawn(self._ask(), f"probe of {self._record.instance.name}")  # begins after this
+        if not port_open:
+            await cancelled(self._asking)
+            self._asking = None
+            instance = self._record.instance
+            await self._record.save(replace(instance, readiness=instance.readiness.fall(Rung.QMP), addresses=()))
+        self._port_open = port_open
+        self._agent.set_port_open(port_open)
+
+    async def close(self) -> None:
+        """Asks no more."""
+        await cancelled(self._asking)
+
+    async def _ask(self) -> None:
+        name = self._record.instance.name
+        while not await self._answers():  # noqa: ASYNC110  nothing in the guest tells us
+            await asyncio.sleep(PING_DELAY_S)
+        await self._inbox.tell(self._on_answer)
+        macs = frozenset({mac_of(self._record.instance.uid)})
+        looks = 0
+        while True:
+            try:
+                interfaces = await self._agent.execute("guest-network-get-interfaces", timeout_s=COMMAND_TIMEOUT_S)
+            except CommandUnavailable as error:
+                _log.info("the agent does not tell addresses", name=name, error=str(error))
+                return
+            except AgentError as error:
+                _log.debug("asking for addresses failed", name=name, error=str(error))
+            else:
+                await self._inbox.tell(partial(self._on_addresses, addresses_of(interfaces, macs)))
+            delay_s = ADDRESS_DELAYS_S[min(looks, len(ADDRESS_DELAYS_S) - 1)]
+            await asyncio.sleep(ADDRESS_REFRESH_S if self._record.instance.addresses else delay_s)
+            looks += 1
+
+    async def _answers(self) -> bool:
         try:
-            interfaces = await supervisor.agent.execute("guest-network-get-interfaces", timeout_s=COMMAND_TIMEOUT_S)
-        except CommandUnavailable as error:
-            _log.info("the agent does not tell addresses", name=supervisor.instance.name, error=str(error))
-            return
+            await self._agent.ping(timeout_s=COMMAND_TIMEOUT_S)
         except AgentError as error:
-            _log.debug("asking for addresses failed", name=supervisor.instance.name, error=str(error))
-        else:
-            addresses = addresses_of(interfaces, macs)
-            await supervisor.tell(partial(supervisor.addresses_seen, addresses))
-        delay_s = ADDRESS_DELAYS_S[min(looks, len(ADDRESS_DELAYS_S) - 1)]
-        await asyncio.sleep(ADDRESS_REFRESH_S if supervisor.instance.addresses else delay_s)
-        looks += 1
+            _log.debug("the agent does not answer yet", name=self._record.instance.name, error=str(error))
+            return False
+        return True
 
+    # Messages. Since they were put in, the port may have been closed.
 
-async def _answers(supervisor: Supervisor) -> bool:
-    try:
-        await supervisor.agent.ping(timeout_s=COMMAND_TIMEOUT_S)
-    except AgentError as error:
-        _log.debug("the agent does not answer yet", name=supervisor.instance.name, error=str(error))
-        return False
-    return True
+    async def _on_answer(self) -> None:
+        if self._port_open:
+            await self._record.save(replace(self._record.instance, readiness=self._record.climbed(Rung.AGENT)))
+
+    async def _on_addresses(self, addresses: tuple[Address, ...]) -> None:
+        if self._port_open:
+            instance = self._record.instance
+            readiness = self._record.climbed(Rung.ADDRESS) if addresses else instance.readiness.fall(Rung.AGENT)
+            await self._record.save(replace(instance, addresses=addresses, readiness=readiness))

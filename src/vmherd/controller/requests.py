@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from vmherd.controller.records import REQUESTS, Outcome, Request, decode_request, encode_request, request_key
 from vmherd.controller.store import Compare, Put, Store
+from vmherd.controller.store.base import PUTS_MAX
 from vmherd.model.errors import InvalidArgument
 from vmherd.model.instance import Operation
 
 KEPT_S = 24 * 3600.0
+"""How long the outcome of a request is kept for those who ask again."""
 
 
 async def find(store: Store, request_id: str, fingerprint: str) -> Request | None:
@@ -50,10 +51,13 @@ async def ending(store: Store, operation: Operation, outcome: Outcome) -> list[P
     ]
 
 
-async def forget_old(store: Store) -> None:
-    """Removes the requests that came to their end long ago."""
+async def forget_old(store: Store, before_s: float) -> None:
+    """Removes the requests that were accepted before this time and have come to their end, after which none changes."""
     entries, _ = await store.list(REQUESTS)
-    for entry in entries:
-        request = decode_request(entry.value)
-        if request.outcome and request.accepted_at_s < time.time() - KEPT_S:
-            await store.transact([Put(entry.key, None)], [Compare(entry.key, entry.mod_revision)])
+    for start in range(0, len(entries), PUTS_MAX):
+        batch = entries[start : start + PUTS_MAX]
+        await store.transact([Put(entry.key, None) for entry in batch if _ended(decode_request(entry.value), before_s)])
+
+
+def _ended(request: Request, before_s: float) -> bool:
+    return request.outcome is not None and request.accepted_at_s < before_s

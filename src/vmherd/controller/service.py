@@ -72,6 +72,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def List(self, request: controller_pb2.ListRequest, context: Context) -> controller_pb2.ListResponse:
         page = views.page_of(
             self._herd.supervisors,
+            self._herd.revision,
             page_size=request.page_size,
             page_token=request.page_token,
             label_selector=request.label_selector,

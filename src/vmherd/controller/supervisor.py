@@ -10,31 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
 import structlog
 from google.protobuf import json_format
 
 from vmherd.controller import driver, requests
-from vmherd.controller.admission import admit, check_state
+from vmherd.controller.admission import admit
 from vmherd.controller.exits import judge
 from vmherd.controller.helper import Helper, Process
+from vmherd.controller.inbox import Inbox, Message
+from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.monitor import AGENT_PORT, Monitor
-from vmherd.controller.probe import probe
+from vmherd.controller.probe import Probe
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
 from vmherd.controller.store import Put, Store, StoreError
+from vmherd.controller.tasks import cancelled, spawn
 from vmherd.guest_agent import GuestAgent
 from vmherd.image.registry import ImageRegistry
 from vmherd.model import lifecycle
-from vmherd.model.errors import (
-    Aborted,
-    DeadlineExceeded,
-    InternalError,
-    VmherdError,
-    illegal_transition,
-)
-from vmherd.model.instance import Address, Exit, Instance, Operation, StopStep, Verb, started
+from vmherd.model.errors import Aborted, InternalError, VmherdError, illegal_transition, instance_not_found
+from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
 from vmherd.model.layout import RunDirectory, StateDirectory
 from vmherd.model.lifecycle import Event, State
 from vmherd.model.readiness import Readiness, Rung
@@ -43,12 +40,9 @@ from vmherd.rpc.status import to_status
 _log = structlog.get_logger()
 
 STARTING_VERBS = frozenset({Verb.LAUNCH, Verb.START})
-STOPPING_VERBS = frozenset({Verb.STOP, Verb.RESTART})
+ENDING_VERBS = frozenset(Verb) - STARTING_VERBS
 AGENT_STATES = frozenset({State.RUNNING, State.STOPPING})
 """States in which a guest agent can answer."""
-
-PAUSE_TIMEOUT_S = 5.0
-STORE_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,22 +63,18 @@ class Supervisor:
     def __init__(self, world: World, instance: Instance, revision: int) -> None:
         run = world.run.instance(instance.uid)
         self.world = world
-        self.instance = instance
-        self.revision = revision
         self.deleted = False
         self.ended = asyncio.Event()
         """Set while no QEMU process of the current generation can be alive."""
         self.stop_step: StopStep | None = None
-        self.agent = GuestAgent(run.agent)
-        self.agent_open = False
-        """Whether somebody in the guest holds the agent's port open."""
         self.monitor = Monitor(run.qmp, instance.name, self)
-        self._inbox: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
-        self._changed = asyncio.Event()
+        self._record = InstanceRecord(world.store, instance, revision)
+        self._inbox = Inbox(instance.name)
+        self._agent = GuestAgent(run.agent)
+        self._probe = Probe(self._agent, self._record, self._inbox)
         self._outcomes: dict[str, asyncio.Future[Outcome]] = {}
         self._driving: asyncio.Task[None] | None = None
         self._monitoring: asyncio.Task[None] | None = None
-        self._probing: asyncio.Task[None] | None = None
         self._shutdown_reason = ""
         if instance.state not in lifecycle.ACTIVE:
             self.ended.set()
@@ -93,22 +83,38 @@ class Supervisor:
 
     async def run(self) -> None:
         """Supervises until the instance is deleted or the task cancelled; takes up what an earlier task left."""
-        if self.instance.state in lifecycle.ACTIVE:
-            self._monitoring = asyncio.create_task(self.monitor.run())
+        if self.instance.state in lifecycle.ACTIVE and not self._is_under_way(STARTING_VERBS):
+            self._watch_qemu()
         if self.instance.operation:
             self._drive(self.instance.operation)
         try:
-            while not self.deleted:
-                message = await self._inbox.get()
-                try:
-                    await message()
-                except Exception:
-                    # A defect in one message must not leave the instance without anybody who listens.
-                    _log.exception("a message was not handled", name=self.instance.name)
+            await self._inbox.serve(lambda: self.deleted)
         finally:
-            for task in (self._driving, self._monitoring, self._probing):
-                await _cancelled(task)
-            await self.agent.close()
+            await cancelled(self._driving)
+            await cancelled(self._monitoring)
+            await self._probe.close()
+            await self._agent.close()
+
+    # What is known.
+
+    @property
+    def instance(self) -> Instance:
+        """The instance as it is now."""
+        return self._record.instance
+
+    @property
+    def revision(self) -> int:
+        """The store's revision of the instance."""
+        return self._record.revision
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set at the next change of the instance; another one stands here from then on."""
+        return self._record.changed
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until a condition on this supervisor holds."""
+        await self._record.until(condition)
 
     # What the herd asks of it.
 
@@ -116,11 +122,13 @@ class Supervisor:
         """Accepts a command, carries it out and says what came of it. A cancelled caller stops nothing.
 
         Raises:
+            NotFound: the instance was deleted in the meantime.
             FailedPrecondition: the instance's state forbids it.
+            ResourceExhausted: too many have asked for it already.
             StoreError: it could not be stored, or the request's id was used in the meantime (`Conflict`).
         """
         accepted: asyncio.Future[asyncio.Future[Outcome]] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait(lambda: self._accept(operation, request, accepted))
+        self._inbox.put(lambda: self._accept(operation, request, accepted))
         return await asyncio.shield(await accepted)
 
     async def outcome(self, operation_id: str) -> Outcome:
@@ -129,11 +137,11 @@ class Supervisor:
 
     async def pause(self) -> None:
         """Halts the virtual CPUs."""
-        await self._toggle(Event.PAUSE, "pause", "stop")
+        await driver.toggle(self, Event.PAUSE)
 
     async def resume(self) -> None:
         """Lets the virtual CPUs run on."""
-        await self._toggle(Event.RESUME, "resume", "cont")
+        await driver.toggle(self, Event.RESUME)
 
     def open_agent(self) -> GuestAgent:
         """The guest agent's client, for a command right now.
@@ -143,85 +151,60 @@ class Supervisor:
         """
         if self.instance.state not in AGENT_STATES:
             raise illegal_transition(self.instance.name, "ask the guest agent of", self.instance.state, AGENT_STATES)
-        return self.agent
-
-    @property
-    def changed(self) -> asyncio.Event:
-        """Set at the next change of the instance; another one stands here from then on."""
-        return self._changed
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits until a condition on this supervisor holds."""
-        while not condition():
-            await self._changed.wait()
-
-    async def tell(self, message: Callable[[], Awaitable[None]]) -> None:
-        """Puts a message into the inbox and waits until it was handled."""
-        handled = asyncio.Event()
-
-        async def handle() -> None:
-            try:
-                await message()
-            finally:
-                handled.set()
-
-        self._inbox.put_nowait(handle)
-        await handled.wait()
+        return self._agent
 
     # What the helper tells (`helper.Listener`, one instance's part of it).
 
     def process_seen(self, process: Process) -> None:
         """The helper knows this process."""
-        self._inbox.put_nowait(lambda: self._on_process(process))
+        self._inbox.put(lambda: self._on_process(process))
 
     def process_not_seen(self) -> None:
         """The helper was reached and knows no process of this instance."""
-        self._inbox.put_nowait(self._on_no_process)
+        self._inbox.put(self._on_no_process)
 
     def helper_lost(self) -> None:
         """The helper cannot be reached."""
-        self._inbox.put_nowait(self._on_lost)
+        self._inbox.put(self._on_lost)
 
     # What QEMU tells (`monitor.Sink`).
 
     def qmp_up(self, *, paused: bool, agent_open: bool) -> None:
         """QEMU answers; this is how it is."""
-        self._inbox.put_nowait(lambda: self._on_qmp_up(paused=paused, agent_open=agent_open))
+        self._from_qemu(lambda: self._on_qmp_up(paused=paused, agent_open=agent_open))
 
     def qmp_down(self) -> None:
         """QEMU hung up. Whether it ended is for the helper to say."""
-        self._inbox.put_nowait(self._on_lost)
+        self._from_qemu(self._on_lost)
 
     def qmp_event(self, name: str, data: Mapping[str, object]) -> None:
         """QEMU has told an event."""
         if name in self._EVENTS:
-            self._inbox.put_nowait(lambda: self._EVENTS[name](self, data))
+            self._from_qemu(lambda: self._EVENTS[name](self, data))
 
-    # What the probe tells.
+    def _from_qemu(self, message: Message) -> None:
+        """Puts in what this run's QEMU told; the next run must not take it for its own."""
+        generation = self.instance.generation
 
-    async def agent_answered(self) -> None:
-        """The guest agent has answered."""
-        if self.agent_open:
-            await self._save(replace(self.instance, readiness=self._climbed(Rung.AGENT)))
+        async def handle() -> None:
+            if self._runs(generation):
+                await message()
 
-    async def addresses_seen(self, addresses: tuple[Address, ...]) -> None:
-        """The guest agent has told the guest's addresses."""
-        if self.agent_open:
-            readiness = self._climbed(Rung.ADDRESS) if addresses else self.instance.readiness.fall(Rung.AGENT)
-            await self._save(replace(self.instance, addresses=addresses, readiness=readiness))
+        self._inbox.put(handle)
 
     # What the driver tells.
 
+    def process_started(self, process: Process) -> None:
+        """The helper has answered a start with this process, and no longer uses QEMU's control socket itself."""
+        self._inbox.put(lambda: self._on_started(process))
+
     async def start_again(self) -> None:
         """The first half of a restart is done: from here on it is a start."""
-        operation = self.instance.operation
-        if operation and operation.verb is Verb.RESTART:
-            self._forget_last_run()
-            await self._save(self._begun(replace(self.instance, operation=replace(operation, verb=Verb.START))))
+        await self._inbox.tell(self._on_half_restarted)
 
     async def start_failed(self, exit_: Exit) -> None:
         """There is no process, and there will be none."""
-        await self._on_end(Event.START_FAILED, exit_)
+        await self._inbox.tell(lambda: self._on_end(Event.START_FAILED, exit_))
 
     # Messages: commands.
 
@@ -229,6 +212,8 @@ class Supervisor:
         self, asked: Operation, request: Request | None, accepted: asyncio.Future[asyncio.Future[Outcome]]
     ) -> None:
         try:
+            if self.deleted:
+                raise instance_not_found(self.instance.name)
             operation, superseded = admit(self.instance, asked)
             instance = self._begun(replace(self.instance, operation=operation))
             puts = [Put(instance_key(instance.name), encode_instance(instance))]
@@ -240,24 +225,24 @@ class Supervisor:
             lost = _superseded(asked)
             if superseded:
                 puts += await requests.ending(self.world.store, superseded, lost)
-            self.revision = await self.world.store.transact(puts, compares)
+            revision = await self.world.store.transact(puts, compares)
         except (VmherdError, StoreError) as error:
             if not accepted.cancelled():
                 accepted.set_exception(error)
             return
         known = self.instance.operation
-        self.instance = instance
+        self._record.instance, self._record.revision = instance, revision
         if operation.verb is Verb.START:
             self._forget_last_run()
         outcome = self._outcomes.setdefault(operation.id, asyncio.get_running_loop().create_future())
         if superseded:
-            self._outcomes.pop(superseded.id).set_result(replace(lost, revision=self.revision))
+            self._outcomes.pop(superseded.id).set_result(replace(lost, revision=revision))
         if not known or known.id != operation.id or known.force != operation.force:
-            await _cancelled(self._driving)
+            await cancelled(self._driving)
             self._drive(operation)
         if not accepted.cancelled():
             accepted.set_result(outcome)
-        self._notify()
+        self._record.notify()
 
     def _begun(self, instance: Instance) -> Instance:
         operation = instance.operation
@@ -271,7 +256,7 @@ class Supervisor:
         self._shutdown_reason = ""
 
     def _drive(self, operation: Operation) -> None:
-        self._driving = asyncio.create_task(self._carry_out(operation))
+        self._driving = spawn(self._carry_out(operation), f"{operation.verb} of {self.instance.name}")
 
     async def _carry_out(self, operation: Operation) -> None:
         error: VmherdError | None = None
@@ -282,7 +267,7 @@ class Supervisor:
         except Exception as raised:
             _log.exception("a command failed unexpectedly", name=self.instance.name, verb=operation.verb)
             error = InternalError(f"{operation.verb} failed; the controller's log has the details: {type(raised)}")
-        self._inbox.put_nowait(lambda: self._settle(operation.id, error))
+        self._inbox.put(lambda: self._settle(operation.id, error))
 
     async def _settle(self, operation_id: str, error: VmherdError | None) -> None:
         operation = self.instance.operation
@@ -297,47 +282,69 @@ class Supervisor:
             ending = await requests.ending(self.world.store, operation, outcome)
             return [Put(instance_key(instance.name), value), *ending]
 
-        await self._commit(puts)
-        self.instance = instance
+        await self._record.commit(puts)
+        self._record.instance = instance
         self.deleted = deleted
         self._outcomes.pop(operation.id).set_result(replace(outcome, revision=self.revision))
-        self._notify()
+        self._record.notify()
+
+    async def _on_half_restarted(self) -> None:
+        operation = self.instance.operation
+        if operation and operation.verb is Verb.RESTART:
+            self._forget_last_run()
+            await self._record.save(self._begun(replace(self.instance, operation=replace(operation, verb=Verb.START))))
 
     # Messages: what was seen.
 
     async def _on_process(self, process: Process) -> None:
-        if process.generation != self.instance.generation or self.instance.state not in lifecycle.ACTIVE:
-            return
-        if process.ended_at_s is not None:
-            await self._on_end(*self._judge(process))
-            return
-        if not self._monitoring:
-            self._monitoring = asyncio.create_task(self.monitor.run())
-        await self._save(replace(self.instance, readiness=self._climbed(Rung.PROCESS)))
+        if self._runs(process.generation):
+            await (self._on_running() if process.ended_at_s is None else self._on_ended(process))
+        self._record.notify()
+
+    async def _on_started(self, process: Process) -> None:
+        if self._runs(process.generation):
+            self._watch_qemu()
+        await self._on_process(process)
+
+    async def _on_running(self) -> None:
+        if not self._is_under_way(STARTING_VERBS):
+            self._watch_qemu()
+        lost = self.instance.state is State.UNKNOWN  # QEMU corrects this as soon as it can be asked as well
+        state = self._found(Event.UNDER_CONTROL) if lost else self.instance.state
+        await self._record.save(replace(self.instance, state=state, readiness=self._record.climbed(Rung.PROCESS)))
+
+    async def _on_ended(self, process: Process) -> None:
+        async def judge_it() -> None:
+            if self._runs(process.generation):
+                await self._on_end(*self._judge(process))
+
+        # QEMU's last words say why it ended. Once it has hung up they are in the inbox, and so before this.
+        await self.monitor.hung_up()
+        self._inbox.put(judge_it)
 
     async def _on_no_process(self) -> None:
-        instance, operation = self.instance, self.instance.operation
-        coming = operation and operation.verb in STARTING_VERBS and not instance.readiness.reached
-        if instance.state in lifecycle.ACTIVE and not coming:
+        instance = self.instance
+        if self.monitor.up:
+            _log.error("the helper does not know a machine that runs", name=instance.name, uid=instance.uid)
+        elif instance.state in lifecycle.ACTIVE and not self._is_under_way(STARTING_VERBS):
             gone = Process(instance.uid, instance.generation, pid=0, ended_at_s=time.time())
             await self._on_end(*self._judge(gone))
-        self._notify()
+        self._record.notify()
 
     def _judge(self, process: Process) -> tuple[Event, Exit]:
-        operation = self.instance.operation
         return judge(
             process,
             stop_step=self.stop_step,
-            stopping=operation is not None and operation.verb not in STARTING_VERBS,
+            stopping=self._is_under_way(ENDING_VERBS),
             shutdown_reason=self._shutdown_reason,
         )
 
     async def _on_end(self, event: Event, exit_: Exit) -> None:
-        await _cancelled(self._monitoring)
+        await cancelled(self._monitoring)
         self._monitoring = None
-        await self._on_agent(is_open=False)
+        await self._probe.set_port_open(False)
         self.ended.set()
-        await self._save(
+        await self._record.save(
             replace(
                 self.instance,
                 state=lifecycle.after(self.instance.state, event),
@@ -348,21 +355,20 @@ class Supervisor:
         )
 
     async def _on_lost(self) -> None:
-        # With one of the two still there, what is known stays true.
-        if not self.monitor.up and not self.world.helper.connected:
+        # With one of the two still there what is known stays true, and a start waits until both are.
+        nobody = self.monitor.tried and not self.monitor.up and self.world.helper.lost
+        if nobody and not self._is_under_way(STARTING_VERBS):
             await self._on_event(Event.LOST)
 
     async def _on_qmp_up(self, *, paused: bool, agent_open: bool) -> None:
-        event = Event.UNDER_CONTROL_PAUSED if paused else Event.UNDER_CONTROL
-        state = lifecycle.after(self.instance.state, event)
-        if self.instance.operation and self.instance.operation.verb not in STARTING_VERBS:
-            state = lifecycle.after(state, Event.STOP)  # found again in the middle of a stop
-        await self._save(replace(self.instance, state=state, readiness=self._climbed(Rung.PROCESS, Rung.QMP)))
-        await self._on_agent(is_open=agent_open)
-        self._notify()
+        state = self._found(Event.UNDER_CONTROL_PAUSED if paused else Event.UNDER_CONTROL)
+        readiness = self._record.climbed(Rung.PROCESS, Rung.QMP)
+        await self._record.save(replace(self.instance, state=state, readiness=readiness))
+        await self._probe.set_port_open(agent_open)
+        self._record.notify()
 
     async def _on_event(self, event: Event) -> None:
-        await self._save(replace(self.instance, state=lifecycle.after(self.instance.state, event)))
+        await self._record.save(replace(self.instance, state=lifecycle.after(self.instance.state, event)))
 
     async def _on_shutdown(self, data: Mapping[str, object]) -> None:
         self._shutdown_reason = str(data.get("reason", "unknown"))
@@ -370,70 +376,32 @@ class Supervisor:
 
     async def _on_port(self, data: Mapping[str, object]) -> None:
         if data.get("id") == AGENT_PORT:
-            await self._on_agent(is_open=data.get("open") is True)
-
-    async def _on_agent(self, *, is_open: bool) -> None:
-        if is_open and not self.agent_open:
-            self._probing = asyncio.create_task(probe(self))  # begins after this message
-        if not is_open:
-            await _cancelled(self._probing)
-            self._probing = None
-            await self._save(replace(self.instance, readiness=self.instance.readiness.fall(Rung.QMP), addresses=()))
-        self.agent_open = is_open
-        self.agent.set_port_open(is_open)
+            await self._probe.set_port_open(data.get("open") is True)
 
     _EVENTS: Mapping[str, Callable[[Supervisor, Mapping[str, object]], Awaitable[None]]] = {
         "STOP": lambda self, _: self._on_event(Event.PAUSE),
         "RESUME": lambda self, _: self._on_event(Event.RESUME),
         "SHUTDOWN": _on_shutdown,
-        "RESET": lambda self, _: self._on_agent(is_open=False),
+        "RESET": lambda self, _: self._probe.set_port_open(False),
         "VSERPORT_CHANGE": _on_port,
     }
     """What QEMU's events mean. https://qemu-project.gitlab.io/qemu/interop/qemu-qmp-ref.html"""
 
-    # The record.
+    # Inside.
 
-    def _climbed(self, *rungs: Rung) -> Readiness:
-        readiness = self.instance.readiness
-        for rung in rungs:
-            readiness = readiness.climb(rung, now_s=time.time(), accepted_at_s=self.instance.accepted_at_s)
-        return readiness
+    def _runs(self, generation: int) -> bool:
+        return generation == self.instance.generation and self.instance.state in lifecycle.ACTIVE
 
-    async def _save(self, instance: Instance) -> None:
-        if instance == self.instance:
-            return
-        self.instance = instance
-        put = Put(instance_key(instance.name), encode_instance(instance))
-        await self._commit(lambda: _ready([put]))
-        self._notify()
+    def _is_under_way(self, verbs: frozenset[Verb]) -> bool:
+        return self.instance.operation is not None and self.instance.operation.verb in verbs
 
-    async def _commit(self, puts: Callable[[], Coroutine[None, None, list[Put]]]) -> None:
-        """Stores what is true already, however long it takes."""
-        while True:
-            try:
-                self.revision = await self.world.store.transact(await puts())
-                return
-            except StoreError as error:
-                _log.error("cannot store what happened; trying again", name=self.instance.name, error=str(error))
-                await asyncio.sleep(STORE_RETRY_S)
+    def _found(self, event: Event) -> State:
+        """The state after finding the machine, also when that was in the middle of a stop."""
+        state = lifecycle.after(self.instance.state, event)
+        return lifecycle.after(state, Event.STOP) if self._is_under_way(ENDING_VERBS) else state
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _toggle(self, event: Event, verb: str, command: str) -> None:
-        check_state(self.instance, event, verb)
-        before = self.instance.state
-        await self.monitor.execute(command)
-        try:
-            async with asyncio.timeout(PAUSE_TIMEOUT_S):
-                await self.until(lambda: self.instance.state != before)
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"QEMU took the {verb} of {self.instance.name!r} and did not carry it out within {PAUSE_TIMEOUT_S:g} s",
-                reason="PAUSE_TIMEOUT",
-                metadata={"name": self.instance.name},
-            ) from error
+    def _watch_qemu(self) -> None:
+        self._monitoring = self._monitoring or spawn(self.monitor.run(), f"monitor of {self.instance.name}")
 
 
 def _superseded(by: Operation) -> Outcome:
@@ -442,13 +410,3 @@ def _superseded(by: Operation) -> Outcome:
 
 def _failed(error: VmherdError) -> Outcome:
     return Outcome(error=json_format.MessageToJson(to_status(error), indent=None))
-
-
-async def _ready(puts: list[Put]) -> list[Put]:
-    return puts
-
-
-async def _cancelled(task: asyncio.Task[None] | None) -> None:
-    if task:
-        task.cancel()
-        await asyncio.wait([task])

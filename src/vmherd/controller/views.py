@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
-from collections.abc import AsyncIterator, Collection, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,10 +22,14 @@ from vmherd.model.errors import (
 )
 from vmherd.model.instance import Instance
 from vmherd.model.lifecycle import State
+from vmherd.model.names import LABELS_MAX, check_name
 from vmherd.model.readiness import WAITING_FOR, Rung
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
+STDERR_TAIL_MAX_CHARACTERS = 500
+"""Of QEMU's last words in an error; the instance has them all."""
+
 DEAD_STATES = frozenset({State.STOPPED, State.FAILED})
 
 
@@ -79,11 +83,19 @@ def snapshot_of(supervisor: Supervisor) -> Snapshot:
 
 
 def page_of(
-    supervisors: Collection[Supervisor], *, page_size: int, page_token: str, label_selector: Iterable[str]
+    supervisors: Iterable[Supervisor], revision: int, *, page_size: int, page_token: str, label_selector: Iterable[str]
 ) -> Page:
-    """A page of instances, from memory; as the revision 0, to watch from the beginning, where there are none."""
+    """A page of instances, from memory.
+
+    Raises:
+        InvalidArgument: the token is none, or the selectors are.
+    """
     after = _name_of_token(page_token)
     wanted = [selector.partition("=") for selector in label_selector]
+    if len(wanted) > LABELS_MAX or not all(key for key, _, _ in wanted):
+        raise InvalidArgument.of(
+            [FieldViolation("label_selector", f"must be at most {LABELS_MAX}, each `key` or `key=value`")]
+        )
     size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
     matching = [
         supervisor
@@ -92,7 +104,6 @@ def page_of(
     ]
     page = tuple(snapshot_of(supervisor) for supervisor in matching[:size])
     token = _token_of_name(page[-1].instance.name) if len(matching) > size else ""
-    revision = max((supervisor.revision for supervisor in supervisors), default=0)
     return Page(page, token, revision)
 
 
@@ -130,8 +141,11 @@ async def watch(store: Store, from_revision: int, name: str) -> AsyncIterator[In
     """Every change of every instance, or of one, after a revision; from 0 on also how they are now.
 
     Raises:
+        InvalidArgument: no instance can have this name.
         OutOfRange: the revision is older than the log, or has not been yet.
     """
+    if name and (violations := list(check_name(name))):
+        raise InvalidArgument.of(violations)
     entries, revision = await store.list(INSTANCES)
     if not 0 <= from_revision <= revision:
         raise OutOfRange(
@@ -174,7 +188,7 @@ def _never(instance: Instance, until: Rung) -> FailedPrecondition:
         f"{instance.name!r} is {instance.state} and will not reach {until.name}{why}",
         reason="INSTANCE_FAILED" if instance.state is State.FAILED else "INSTANCE_STOPPED",
         metadata={"name": instance.name, "state": instance.state}
-        | ({"cause": exit_.cause, "stderr_tail": exit_.stderr_tail} if exit_ else {}),
+        | ({"cause": exit_.cause, "stderr_tail": exit_.stderr_tail[-STDERR_TAIL_MAX_CHARACTERS:]} if exit_ else {}),
     )
 
 
@@ -189,9 +203,10 @@ def _token_of_name(name: str) -> str:
 
 
 def _name_of_token(token: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
-    except (binascii.Error, UnicodeError) as error:
-        raise InvalidArgument.of(
-            [FieldViolation("page_token", "must be the next_page_token of an earlier page")]
-        ) from error
+    if not token:
+        return ""
+    with contextlib.suppress(ValueError):
+        name = base64.b64decode(token, altchars=b"-_", validate=True).decode()
+        if not any(check_name(name)):
+            return name
+    raise InvalidArgument.of([FieldViolation("page_token", "must be the next_page_token of an earlier page")])

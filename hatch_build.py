@@ -39,7 +39,7 @@ def generate() -> None:
             *(sys.executable, "-m", "grpc_tools.protoc"),
             *(f"-I{PROTOS}", f"-I{google_api}", f"-I{well_known}"),
             *(f"--python_out={out}", f"--grpc_python_out={out}"),
-            *(f"--mypy_out={out}", f"--mypy_grpc_out={out}"),
+            *(f"--mypy_out=quiet:{out}", f"--mypy_grpc_out=quiet:{out}"),
             f"--descriptor_set_out={API / 'descriptors.binpb'}",
             *("--include_imports", "--include_source_info"),
             *sources,

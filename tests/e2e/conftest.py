@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.framework.herd import HerdUnderTest, herd_under_test
+from tests.framework.images import builtin_image
 from vmherd.image.registry import KernelImage
+
+__all__ = ["builtin_image"]
 
 
 @pytest.fixture

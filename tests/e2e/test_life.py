@@ -166,18 +166,21 @@ def test_pause_and_resume(shared_herd: HerdUnderTest) -> None:
 
 @pytest.mark.usefixtures("web")
 def test_an_agent_that_dies_is_missed_at_once_and_found_again(shared_herd: HerdUnderTest) -> None:
-    before = shared_herd.info()
-    started = time.monotonic()
-    response = shared_herd.http.post("/v1/instances/web/run", json={"command": ["killall", "-9", "qemu-ga"]})
-    assert (response.status_code, reason(response)) == (504, "COMMAND_UNFINISHED")
-    seen = changes(shared_herd, before)
-    fallen = next(instance for instance in seen if instance["readiness"]["reached"] == "QMP")
-    assert time.monotonic() - started < 2.0
-    assert (fallen["state"], fallen["addresses"]) == ("RUNNING", [])
-    found = next(instance for instance in seen if instance["readiness"]["reached"] == "ADDRESS")
-    assert found["readiness"]["steps"][:2] == before["readiness"]["steps"][:2]
-    assert found["readiness"]["steps"][2]["reachTime"] > before["readiness"]["steps"][2]["reachTime"]
-    assert shared_herd.ask("GET", "web/guest/ping") == {}
+    for _ in range(
+        2
+    ):  # the second time within a second, in which QEMU tells that the port opened and not that it closed
+        before = shared_herd.info()
+        started = time.monotonic()
+        response = shared_herd.http.post("/v1/instances/web/run", json={"command": ["killall", "-9", "qemu-ga"]})
+        assert (response.status_code, reason(response)) == (504, "COMMAND_UNFINISHED")
+        seen = changes(shared_herd, before)
+        fallen = next(instance for instance in seen if instance["readiness"]["reached"] == "QMP")
+        assert time.monotonic() - started < 2.0
+        assert (fallen["state"], fallen["addresses"]) == ("RUNNING", [])
+        found = next(instance for instance in seen if instance["readiness"]["reached"] == "ADDRESS")
+        assert found["readiness"]["steps"][:2] == before["readiness"]["steps"][:2]
+        assert found["readiness"]["steps"][2]["reachTime"] > before["readiness"]["steps"][2]["reachTime"]
+        assert shared_herd.ask("GET", "web/guest/ping") == {}
 
 
 @pytest.mark.usefixtures("web")
@@ -235,6 +238,7 @@ def test_one_life(shared_herd: HerdUnderTest) -> None:
     launched = herd.launch("cat", until="ADDRESS")
     uid, pid = launched["uid"], herd.qemu_pid(launched["uid"])
 
+    herd.ask("POST", "cat/pause")  # a stop lets the guest run on, so that it hears of it
     stopped = herd.ask("POST", "cat/stop")
     assert (stopped["state"], stopped["readiness"]["steps"], stopped["addresses"]) == ("STOPPED", [], [])
     assert {key: stopped["lastExit"][key] for key in ("cause", "stopStep", "exitCode")} == {
@@ -321,6 +325,25 @@ def test_a_second_stop_joins_the_first_and_force_hastens_both(
     assert forced["lastExit"]["stopStep"] == "KILL"
     assert [stop.result() for stop in stops] == [forced, forced]
     assert time.monotonic() - started < 2.0
+
+
+def test_a_launch_answers_as_soon_as_qemu_does(shared_herd: HerdUnderTest, deaf: dict[str, Any]) -> None:
+    for _ in range(3):
+        shared_herd.ask("POST", "deaf/stop", force=True)
+        started = time.monotonic()
+        assert shared_herd.ask("POST", "deaf/start")["readiness"]["reached"] == "QMP"
+        assert time.monotonic() - started < 5.0
+    assert shared_herd.info("deaf")["generation"] == deaf["generation"] + 3
+
+
+def test_of_many_deletes_at_once_each_gets_its_answer(
+    shared_herd: HerdUnderTest, aside: Callable[..., Future[Any]]
+) -> None:
+    shared_herd.launch("cat", until="", start=False)
+    deletes = [aside(shared_herd.http.delete, "/v1/instances/cat") for _ in range(8)]
+    codes = [delete.result().status_code for delete in deletes]
+    assert 200 in codes
+    assert set(codes) <= {200, 404}
 
 
 def test_a_stop_ends_a_start_that_is_under_way(shared_herd: HerdUnderTest, aside: Callable[..., Future[Any]]) -> None:

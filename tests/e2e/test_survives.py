@@ -241,14 +241,21 @@ def test_a_launch_that_is_cut_off_comes_to_its_end(herd: HerdUnderTest, process:
 
 
 @pytest.mark.usefixtures("running")
-def test_a_stop_that_is_cut_off_goes_on_and_not_straight_to_the_kill(herd: HerdUnderTest) -> None:
+@pytest.mark.parametrize(
+    ("how", "steps"),
+    [({"grace": "1s"}, {"QUIT"}), ({"force": True}, {"KILL", "STOP_STEP_UNSPECIFIED"})],
+    ids=["graceful-goes-on-and-not-straight-to-the-kill", "forced"],
+)
+def test_a_stop_that_is_cut_off_comes_to_its_end(herd: HerdUnderTest, how: dict[str, Any], steps: set[str]) -> None:
     def stop(name: str) -> httpx.Response:
-        return herd.http.post(f"/v1/instances/{name}/stop", json={"grace": "1s", "request_id": f"stop-{name}"})
+        return herd.http.post(f"/v1/instances/{name}/stop", json=how | {"request_id": f"stop-{name}-{'-'.join(how)}"})
 
     cut_off(herd, "controller", stop)
     for name in NAMES:
         stopped = stop(name).json()
-        assert (stopped["state"], stopped["lastExit"]["stopStep"]) == ("STOPPED", "QUIT")
+        assert (stopped["state"], stopped["lastExit"]["cause"]) == ("STOPPED", "STOPPED")
+        assert stopped["lastExit"]["stopStep"] in steps
+        assert herd.qemu_pids_of(stopped["uid"]) == []
 
 
 def test_a_restart_that_is_cut_off_restarts_once(herd: HerdUnderTest, running: dict[str, dict[str, Any]]) -> None:

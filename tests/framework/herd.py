@@ -222,6 +222,8 @@ def herd_under_test(image: KernelImage) -> Iterator[HerdUnderTest]:
         herd.remove_instances()
         herd.end()
         assert list(traces.all_of(herd.files)) == []
+        for name in PROCESSES:
+            assert "Traceback" not in herd.log(name), herd.log(name)
     finally:
         herd.http.close()
         herd.end(number=signal.SIGKILL)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,15 @@ TIMEOUT_S = 30.0
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Path:
+def host() -> Iterator[Path]:
     """A directory of programs that only write down how they were called; all packages are installed but QEMU."""
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(0o755)
-    calls = tmp_path / "calls"
+    with tempfile.TemporaryDirectory(prefix="vmherd-host-") as directory:  # other users must get into it
+        Path(directory).chmod(0o755)
+        yield _filled(Path(directory))
+
+
+def _filled(host: Path) -> Path:
+    calls = host / "calls"
     calls.touch()
     calls.chmod(0o666)
     installed = "".join(f"echo 'ii {name}'\n" for name in PACKAGES if name != "qemu-system-x86")
@@ -31,9 +36,9 @@ def host(tmp_path: Path) -> Path:
         "apt-get": f'echo "apt-get $*" >>{calls}\n',
     }
     for name, body in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}")
-        (tmp_path / name).chmod(0o755)
-    return tmp_path
+        (host / name).write_text(f"#!/bin/sh\n{body}")
+        (host / name).chmod(0o755)
+    return host
 
 
 def install(host: Path, *, user: int | None = None) -> subprocess.CompletedProcess[str]:

@@ -13,13 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.framework.fake_controller import FakeController, fake_controller
-from tests.framework.images import builtin_image
 from vmherd.cli import traces
 from vmherd.cli.app import app
 from vmherd.image.registry import KernelImage
 from vmherd.model.layout import Herd
-
-__all__ = ["builtin_image"]
 
 Cli = Callable[..., Result]
 Up = subprocess.Popen[str]

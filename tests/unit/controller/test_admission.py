@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vmherd.controller.admission import admit
-from vmherd.model.errors import FailedPrecondition
+from vmherd.controller.admission import JOINED_MAX, admit
+from vmherd.controller.store.base import PUTS_MAX
+from vmherd.model.errors import FailedPrecondition, ResourceExhausted
 from vmherd.model.instance import Hardware, Instance, Operation, Verb
 from vmherd.model.lifecycle import State
 
@@ -30,7 +31,7 @@ def op(verb: Verb, *request_ids: str, force: bool = False) -> Operation:
 @pytest.mark.parametrize("state", list(State))
 def test_the_state_decides(verb: Verb, legal: set[State], state: State) -> None:
     if state in legal:
-        assert admit(instance(state), op(verb)) == (op(verb), None)
+        assert admit(instance(state), op(verb)) == (op(verb, force=verb is Verb.DELETE), None)
     else:
         with pytest.raises(FailedPrecondition) as raised:
             admit(instance(state), op(verb))
@@ -59,6 +60,15 @@ def test_a_second_stop_joins_the_first() -> None:
     joined, superseded = admit(instance(State.STOPPING, first), Operation("other", Verb.STOP, ("b",), force=True))
     assert superseded is None
     assert (joined.id, joined.request_ids, joined.force) == (first.id, ("a", "b"), True)
+
+
+def test_no_more_join_than_one_transaction_can_answer() -> None:
+    first = op(Verb.STOP, *(str(number) for number in range(JOINED_MAX)))
+    with pytest.raises(ResourceExhausted, match="64 requests wait for the stop of 'web' already"):
+        admit(instance(State.STOPPING, first), op(Verb.STOP, "one-more"))
+    assert admit(instance(State.STOPPING, first), op(Verb.STOP))[0] == first
+    a_superseding_delete = JOINED_MAX + len(("the instance", "its own request"))
+    assert a_superseding_delete <= PUTS_MAX
 
 
 def test_force_is_never_taken_back() -> None:

@@ -31,6 +31,9 @@ def ended(exit_code: int | None = None, signal: int | None = None) -> Process:
         (ended(0), None, False, "host-signal", Event.DIED, Cause.CRASHED),
         (ended(), None, False, "guest-shutdown", Event.ENDED, Cause.GUEST_SHUTDOWN),
         (ended(), None, True, "", Event.ENDED, Cause.STOPPED),
+        (ended(signal=9), None, True, "", Event.ENDED, Cause.STOPPED),
+        (ended(signal=11), None, True, "", Event.DIED, Cause.CRASHED),
+        (ended(signal=9), None, False, "", Event.DIED, Cause.CRASHED),
         (ended(), None, False, "", Event.DIED, Cause.VANISHED),
     ],
 )

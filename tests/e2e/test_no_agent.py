@@ -98,7 +98,7 @@ def test_an_agent_that_comes_dies_comes_back_and_hangs(herd: HerdUnderTest) -> N
     refused(hung, 504, "DEADLINE_EXCEEDED", hung.json()["details"][0]["reason"], "'web'", "outcome unknown")
     response = herd.http.get("/v1/instances/web/guest/ping", headers={"Grpc-Timeout": "500m"})
     refused(response, 504, "DEADLINE_EXCEEDED", "AGENT_UNRESPONSIVE", "'web'", "guest-ping", "nothing answers")
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 10
     fails(command(herd, "exec", "web", "--timeout", "0.5", "true"), 6, "'web'")
     assert herd.info("web")["state"] == "RUNNING"
     assert herd.http.delete("/v1/instances/web", params={"force": True}).status_code == 200

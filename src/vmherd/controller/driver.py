@@ -26,6 +26,7 @@ from vmherd.model.layout import StateDirectory
 from vmherd.model.lifecycle import ACTIVE, Event, State
 from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, mac_of
 from vmherd.model.readiness import Rung
+from vmherd.rpc.interceptors import unexpected
 
 if TYPE_CHECKING:
     from vmherd.controller.supervisor import Supervisor
@@ -42,19 +43,24 @@ TOGGLE_TIMEOUT_S = 5.0
 QMP_RETURN_TIMEOUT_S = 5.0
 AGENT_TIMEOUT_S = 5.0
 HELPER_RETRY_S = 0.2
+STDERR_TAIL_MAX_CHARACTERS = 500
+"""Errors travel in HTTP/2 headers, which hold 8 KiB; the instance's record has more."""
+
 DISK_BYTES = 1 << 30
 """Size of the empty disk that an instance of a kernel image gets; the file is sparse."""
 
 T = TypeVar("T")
 
 
-async def carry_out(operation: Operation, supervisor: Supervisor) -> None:
-    """Carries out a command to its end.
-
-    Raises:
-        VmherdError: it could not be carried out; the supervisor knows what state that left.
-    """
-    await _STEPS[operation.verb](operation, supervisor)
+async def carry_out(operation: Operation, supervisor: Supervisor) -> VmherdError | None:
+    """Carries out a command to its end, or to an error; the supervisor knows what state that left."""
+    try:
+        await _STEPS[operation.verb](operation, supervisor)
+    except VmherdError as error:
+        return error
+    except Exception as error:
+        return unexpected(f"{operation.verb} of {supervisor.instance.name!r}", error)
+    return None
 
 
 async def toggle(supervisor: Supervisor, event: Event) -> None:
@@ -194,7 +200,8 @@ async def _start_failed(supervisor: Supervisor, detail: str, stderr_tail: str = 
 
 
 def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
-    metadata = {"name": name} | ({"stderr_tail": stderr_tail} if stderr_tail else {})
+    tail = stderr_tail[-STDERR_TAIL_MAX_CHARACTERS:]
+    metadata = {"name": name} | ({"stderr_tail": tail} if tail else {})
     return Aborted(
         f"{name!r} did not start: {detail}; mend that and start it again, or delete it",
         reason="START_FAILED",

@@ -38,7 +38,7 @@ def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutd
     elif stop_step is not None:
         event, cause, detail = Event.ENDED, Cause.STOPPED, STOP_STEP_NAMES[stop_step]
     elif while_away and shutdown_reason != HOST_SIGNAL:
-        event, cause, detail = Event.ENDED, Cause.STOPPED, "it ended during a stop while the controller was away"
+        event, cause, detail = Event.ENDED, Cause.STOPPED, "it ended during a stop, and nobody saw at which step"
     elif shutdown_reason == HOST_SIGNAL:
         event, cause, detail = Event.DIED, Cause.CRASHED, "somebody else told QEMU to terminate"
     elif shutdown_reason or process.exit_code == 0:

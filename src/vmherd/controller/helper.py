@@ -24,7 +24,7 @@ _log = structlog.get_logger()
 CALL_TIMEOUT_S = 60.0
 """Long, because the first question about the host makes the helper measure its accelerators."""
 
-PATIENCE_S = 0.5
+PATIENCE_S = 1.0
 """How long the helper may take to answer before it counts as lost; a connection is made in milliseconds."""
 
 RECONNECT_DELAY_S = 0.2

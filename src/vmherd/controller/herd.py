@@ -94,6 +94,7 @@ class Herd:
             NotFound: no such image.
             AlreadyExists: the name is taken.
             Unavailable: the helper cannot be reached; nothing was made.
+            ResourceExhausted: it could not be stored; nothing was made.
             Aborted: the instance was made and did not start.
         """
         _refuse(check_launch(spec))
@@ -147,6 +148,7 @@ class Herd:
             NotFound: no such instance.
             FailedPrecondition: the instance's state forbids it.
             Unavailable: the helper cannot be reached and the command needs it; nothing was begun.
+            ResourceExhausted: it could not be stored; nothing was begun.
             Aborted: it was carried out and failed.
         """
         _refuse(check_request_id(request_id))
@@ -271,8 +273,10 @@ class Herd:
         while True:
             async with self._adding:
                 request = await requests.find(self._world.store, request_id, fingerprint)
-            if not request or request.outcome:
-                return request and request.outcome
+            if not request:
+                return None
+            if request.outcome:
+                return request.outcome
             supervisor = self._supervisors[request.name]
             with contextlib.suppress(LookupError):  # it was settled since the store was read
                 return await supervisor.outcome(request.operation_id)

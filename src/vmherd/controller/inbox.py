@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 
+T = TypeVar("T")
 Message = Callable[[], Awaitable[None]]
 
 _log = structlog.get_logger()
@@ -23,21 +25,26 @@ class Inbox:
         """Puts a message in."""
         self._messages.put_nowait(message)
 
-    async def tell(self, message: Message) -> None:
-        """Puts a message in and waits until it was handled."""
-        handled = asyncio.Event()
+    async def ask(self, message: Callable[[], Awaitable[T]]) -> T:
+        """Puts a message in and waits for what it gives or raises. A message whose sender is gone is handled too."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         async def handle() -> None:
             try:
-                await message()
-            finally:
-                handled.set()
+                given = await message()
+            except Exception as error:
+                if answer.cancelled():
+                    raise
+                answer.set_exception(error)
+            else:
+                if not answer.cancelled():
+                    answer.set_result(given)
 
         self.put(handle)
-        await handled.wait()
+        return await answer
 
     async def serve(self, done: Callable[[], bool]) -> None:
-        """Handles messages until one of them makes `done` true, and then what came before it was known."""
+        """Handles messages until one of them makes `done` true, and then those that came in before."""
         while not done() or not self._messages.empty():
             message = await self._messages.get()
             try:

@@ -49,7 +49,7 @@ class Sink(Protocol):
         """QEMU answers; this is how it is."""
 
     def qmp_down(self) -> None:
-        """The connection is gone, or the first attempt to make one failed."""
+        """The connection is gone."""
 
     def qmp_event(self, name: str, data: Mapping[str, object]) -> None:
         """QEMU has told an event."""
@@ -102,8 +102,6 @@ class Monitor:
         self._client: QMPClient | None = None
         self._down = asyncio.Event()
         self._down.set()
-        self.tried = False
-        """Whether an attempt to reach QEMU has come to its end, good or bad. Before that it may well be there."""
 
     @property
     def up(self) -> bool:
@@ -141,17 +139,15 @@ class Monitor:
         )
         self._client = client
         self._down.clear()
-        self.tried = True
         paused = isinstance(status, dict) and status.get("running") is not True
         self._sink.qmp_up(paused=paused, agent_open=agent_open)
 
     async def _go_down(self, client: QMPClient) -> None:
-        news = self._client is client or not self.tried
+        was_up = self._client is client
         self._client = None
-        self.tried = True
         with contextlib.suppress(EOFError, OSError, QMPError):  # QEMU hung up first, as most connections end
             await client.disconnect()
-        if news:
+        if was_up:
             self._sink.qmp_down()
         self._down.set()
 

@@ -64,7 +64,7 @@ class Probe:
         name = self._record.instance.name
         while not await self._answers():  # noqa: ASYNC110  nothing in the guest tells us
             await asyncio.sleep(PING_DELAY_S)
-        await self._inbox.tell(self._on_answer)
+        await self._inbox.ask(self._on_answer)
         macs = frozenset({mac_of(self._record.instance.uid)})
         looks = 0
         while True:
@@ -76,7 +76,7 @@ class Probe:
             except AgentError as error:
                 _log.debug("asking for addresses failed", name=name, error=str(error))
             else:
-                await self._inbox.tell(partial(self._on_addresses, addresses_of(interfaces, macs)))
+                await self._inbox.ask(partial(self._on_addresses, addresses_of(interfaces, macs)))
             delay_s = ADDRESS_DELAYS_S[min(looks, len(ADDRESS_DELAYS_S) - 1)]
             await asyncio.sleep(ADDRESS_REFRESH_S if self._record.instance.addresses else delay_s)
             looks += 1

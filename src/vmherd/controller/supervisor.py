@@ -25,12 +25,12 @@ from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.monitor import AGENT_PORT, Monitor
 from vmherd.controller.probe import Probe
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
-from vmherd.controller.store import Put, Store, StoreError
+from vmherd.controller.store import Put, Store
 from vmherd.controller.tasks import cancelled, spawn
 from vmherd.guest_agent import GuestAgent
 from vmherd.image.registry import ImageRegistry
 from vmherd.model import lifecycle
-from vmherd.model.errors import Aborted, InternalError, VmherdError, illegal_transition, instance_not_found
+from vmherd.model.errors import Aborted, VmherdError, illegal_transition, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
 from vmherd.model.layout import RunDirectory, StateDirectory
 from vmherd.model.lifecycle import Event, State
@@ -127,9 +127,8 @@ class Supervisor:
             ResourceExhausted: too many have asked for it already.
             StoreError: it could not be stored, or the request's id was used in the meantime (`Conflict`).
         """
-        accepted: asyncio.Future[asyncio.Future[Outcome]] = asyncio.get_running_loop().create_future()
-        self._inbox.put(lambda: self._accept(operation, request, accepted))
-        return await asyncio.shield(await accepted)
+        outcome = await self._inbox.ask(lambda: self._accept(operation, request))
+        return await asyncio.shield(outcome)
 
     async def outcome(self, operation_id: str) -> Outcome:
         """Waits for what comes of a command that is under way; raises `LookupError` when it is not."""
@@ -200,36 +199,29 @@ class Supervisor:
 
     async def start_again(self) -> None:
         """The first half of a restart is done: from here on it is a start."""
-        await self._inbox.tell(self._on_half_restarted)
+        await self._inbox.ask(self._on_half_restarted)
 
     async def start_failed(self, exit_: Exit) -> None:
         """There is no process, and there will be none."""
-        await self._inbox.tell(lambda: self._on_end(Event.START_FAILED, exit_))
+        await self._inbox.ask(lambda: self._on_end(Event.START_FAILED, exit_))
 
     # Messages: commands.
 
-    async def _accept(
-        self, asked: Operation, request: Request | None, accepted: asyncio.Future[asyncio.Future[Outcome]]
-    ) -> None:
-        try:
-            if self.deleted:
-                raise instance_not_found(self.instance.name)
-            operation, superseded = admit(self.instance, asked)
-            instance = self._begun(replace(self.instance, operation=operation))
-            puts = [Put(instance_key(instance.name), encode_instance(instance))]
-            compares = []
-            if request:
-                put, compare = requests.beginning(asked.request_ids[0], replace(request, operation_id=operation.id))
-                puts.append(put)
-                compares.append(compare)
-            lost = _superseded(asked)
-            if superseded:
-                puts += await requests.ending(self.world.store, superseded, lost)
-            revision = await self.world.store.transact(puts, compares)
-        except (VmherdError, StoreError) as error:
-            if not accepted.cancelled():
-                accepted.set_exception(error)
-            return
+    async def _accept(self, asked: Operation, request: Request | None) -> asyncio.Future[Outcome]:
+        if self.deleted:
+            raise instance_not_found(self.instance.name)
+        operation, superseded = admit(self.instance, asked)
+        instance = self._begun(replace(self.instance, operation=operation))
+        puts = [Put(instance_key(instance.name), encode_instance(instance))]
+        compares = []
+        if request:
+            put, compare = requests.beginning(asked.request_ids[0], replace(request, operation_id=operation.id))
+            puts.append(put)
+            compares.append(compare)
+        lost = _superseded(asked)
+        if superseded:
+            puts += await requests.ending(self.world.store, superseded, lost)
+        revision = await self.world.store.transact(puts, compares)
         known = self.instance.operation
         self._record.instance, self._record.revision = instance, revision
         if operation.verb is Verb.START:
@@ -240,9 +232,8 @@ class Supervisor:
         if not known or known.id != operation.id or known.force != operation.force:
             await cancelled(self._driving)
             self._drive(operation)
-        if not accepted.cancelled():
-            accepted.set_result(outcome)
         self._record.notify()
+        return outcome
 
     def _begun(self, instance: Instance) -> Instance:
         operation = instance.operation
@@ -259,14 +250,7 @@ class Supervisor:
         self._driving = spawn(self._carry_out(operation), f"{operation.verb} of {self.instance.name}")
 
     async def _carry_out(self, operation: Operation) -> None:
-        error: VmherdError | None = None
-        try:
-            await driver.carry_out(operation, self)
-        except VmherdError as raised:
-            error = raised
-        except Exception as raised:
-            _log.exception("a command failed unexpectedly", name=self.instance.name, verb=operation.verb)
-            error = InternalError(f"{operation.verb} failed; the controller's log has the details: {type(raised)}")
+        error = await driver.carry_out(operation, self)
         self._inbox.put(lambda: self._settle(operation.id, error))
 
     async def _settle(self, operation_id: str, error: VmherdError | None) -> None:
@@ -356,7 +340,7 @@ class Supervisor:
 
     async def _on_lost(self) -> None:
         # With one of the two still there what is known stays true, and a start waits until both are.
-        nobody = self.monitor.tried and not self.monitor.up and self.world.helper.lost
+        nobody = self.world.helper.lost and not self.monitor.up
         if nobody and not self._is_under_way(STARTING_VERBS):
             await self._on_event(Event.LOST)
 
@@ -376,6 +360,8 @@ class Supervisor:
 
     async def _on_port(self, data: Mapping[str, object]) -> None:
         if data.get("id") == AGENT_PORT:
+            # Within a second QEMU tells only the last change: one that opens an open port hides that it was closed.
+            await self._probe.set_port_open(False)
             await self._probe.set_port_open(data.get("open") is True)
 
     _EVENTS: Mapping[str, Callable[[Supervisor, Mapping[str, object]], Awaitable[None]]] = {

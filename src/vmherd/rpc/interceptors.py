@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 import structlog
 
-from vmherd.model.errors import InternalError, Unauthenticated, VmherdError
+from vmherd.model.errors import InternalError, Unauthenticated, Unavailable, VmherdError
 from vmherd.rpc.status import DETAILS_KEY, to_status
 
 _log = structlog.get_logger()
+
+HANDLER_END_TIMEOUT_S = 0.5
 
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs alone
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -39,7 +42,26 @@ def unexpected(method: str, error: Exception) -> InternalError:
 
 
 class ErrorsToStatus(grpc.aio.ServerInterceptor):
-    """Turns a `VmherdError` into its status, any other exception into INTERNAL without its text."""
+    """Turns a `VmherdError` into its status, any other exception into INTERNAL without its text.
+
+    It knows the calls that are under way, to end them with the server: gRPC itself breaks them off without a word.
+    """
+
+    def __init__(self) -> None:
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._ending = False
+
+    def end_streams(self) -> None:
+        """Answers every stream that is open with UNAVAILABLE; streams have no end of their own."""
+        self._ending = True
+        for task in self._streams:
+            task.cancel()
+
+    async def wait_ended(self) -> None:
+        """Waits until no handler runs any more: gRPC only tells them to end."""
+        if running := self._streams | self._calls:
+            await asyncio.wait(running, timeout=HANDLER_END_TIMEOUT_S)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -58,29 +80,38 @@ class ErrorsToStatus(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
 
             async def answer_stream(request: Any, context: Context) -> AsyncIterator[Any]:
-                try:
+                async with self._errors_told(method, context, self._streams):
                     async for response in stream(request, context):
                         yield response
-                except VmherdError as error:
-                    await _abort(context, error)
-                except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-                    raise
-                except Exception as error:
-                    await _abort(context, unexpected(method, error))
 
             return grpc.unary_stream_rpc_method_handler(answer_stream, **serializers)
 
         async def answer(request: Any, context: Context) -> Any:
-            try:
+            async with self._errors_told(method, context, self._calls):
                 return await unary(request, context)
-            except VmherdError as error:
-                await _abort(context, error)
-            except (asyncio.CancelledError, grpc.aio.AbortError):
-                raise
-            except Exception as error:
-                await _abort(context, unexpected(method, error))
 
         return grpc.unary_unary_rpc_method_handler(answer, **serializers)
+
+    @contextlib.asynccontextmanager
+    async def _errors_told(
+        self, method: str, context: Context, under_way: set[asyncio.Task[Any]]
+    ) -> AsyncIterator[None]:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        under_way.add(task)
+        try:
+            yield
+        except VmherdError as error:
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            if not (self._ending and task in self._streams):
+                raise
+            await _abort(context, Unavailable("the server is shutting down; ask again", reason="SHUTTING_DOWN"))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, unexpected(method, error))
+        finally:
+            under_way.discard(task)
 
 
 class TokenOnTcp(grpc.aio.ServerInterceptor):

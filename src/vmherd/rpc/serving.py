@@ -96,10 +96,9 @@ def _new_files_have(mode: int) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _running(
-    services: Services, address: str, interceptors: tuple[grpc.aio.ServerInterceptor, ...]
-) -> AsyncIterator[int]:
-    server = grpc.aio.server(interceptors=interceptors, options=OPTIONS)
+async def _running(services: Services, address: str, *guards: grpc.aio.ServerInterceptor) -> AsyncIterator[int]:
+    errors = ErrorsToStatus()
+    server = grpc.aio.server(interceptors=(*guards, errors), options=OPTIONS)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name, add in services.items():
@@ -119,25 +118,27 @@ async def _running(
         yield port
     finally:
         await checks.enter_graceful_shutdown()
+        errors.end_streams()
         await server.stop(SHUTDOWN_GRACE_S)
+        await errors.wait_ended()
 
 
 @contextlib.asynccontextmanager
 async def serving(services: Services, socket: Path, *, tcp: str = "", token: str = "") -> AsyncIterator[int | None]:
     """Serves the services with health and reflection on a unix socket and, if asked, on TCP with a token.
 
-    Yields the TCP port, None without one. Open streams are cancelled half a second after the context is left.
+    Yields the TCP port, None without one. When the context is left streams end at once, other calls within half a
+    second, with UNAVAILABLE.
 
     Raises:
         FailedPrecondition: the socket or the address cannot be had.
     """
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(owned_socket(socket))
-        await stack.enter_async_context(_running(services, f"unix:{socket}", (ErrorsToStatus(),)))
+        await stack.enter_async_context(_running(services, f"unix:{socket}"))
         port = None
         if tcp:
-            interceptors = (TokenOnTcp(token), ErrorsToStatus())
-            port = await stack.enter_async_context(_running(services, tcp, interceptors))
+            port = await stack.enter_async_context(_running(services, tcp, TokenOnTcp(token)))
         yield port
 
 

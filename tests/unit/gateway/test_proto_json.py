@@ -45,6 +45,7 @@ def read(zoo: Api, value: Any) -> dict[str, Any]:
         ({"food": "MEAT", "foods": [1, "GRASS", -5]}, {"food": "MEAT", "foods": ["GRASS", "GRASS", "MEAT"]}),
         ({"exactRatio": "NaN", "ratio": "-Infinity"}, {"exactRatio": "NaN", "ratio": "-Infinity"}),
         ({"exactRatio": "1.5", "ratio": 2}, {"exactRatio": 1.5, "ratio": 2.0}),
+        ({"ratio": 3.4028235e38}, {"ratio": 3.4028235e38}),  # as the largest one is printed, a little more than it is
         ({"maybeCount": 0, "maybeText": ""}, {"maybeCount": 0, "maybeText": ""}),
         ({"nestsByNumber": {"-3": {"numbers": ["1", 2]}}}, {"nestsByNumber": {"-3": {"numbers": ["1", "2"]}}}),
         ({"foodsByFlag": {"true": "GRASS"}}, {"foodsByFlag": {"true": "GRASS"}}),
@@ -84,6 +85,7 @@ def test_taken(zoo: Api, given: dict[str, Any], meant: dict[str, Any]) -> None:
         ({"total": U64 + 1}, "total", f"expected a whole number from 0 to {U64}, got {U64 + 1}"),
         ({"totals": [1, "-1"]}, "totals[1]", f'expected a whole number from 0 to {U64}, got "-1"'),
         ({"ratio": 1e39}, "ratio", "expected a number of at most 3.40282e+38, got 1e+39"),
+        ({"ratio": 3.4028236e38}, "ratio", "expected a number of at most 3.40282e+38, got 3.4028236e+38"),
         ({"exactRatio": "1e999"}, "exact_ratio", 'expected a number of at most 1.79769e+308, got "1e999"'),
         ({"exactRatio": "inf"}, "exact_ratio", 'expected a number, got "inf"'),
         ({"exactRatio": True}, "exact_ratio", "expected a number, got true"),

@@ -61,6 +61,31 @@ def test_details_that_fit(error: VmherdError, detail: type) -> None:
     assert any(packed.Is(detail.DESCRIPTOR) for packed in to_status(error).details)
 
 
+@pytest.mark.parametrize("text", ["a" * 100_000, "ä" * 100_000, "\N{FIRE}" * 100_000], ids=["1", "2", "4"])
+@pytest.mark.parametrize("kind", list(CODES))
+def test_a_long_text_is_cut_between_characters(kind: type[VmherdError], text: str) -> None:
+    back = from_status(to_status(kind(text, reason="LONG", metadata={"name": text, "other": "short"})))
+    assert (type(back), back.reason, back.metadata["other"]) == (kind, "LONG", "short")
+    for cut in (back.message, back.metadata["name"]):
+        assert cut.endswith("…")
+        assert text.startswith(cut.removesuffix("…"))
+        assert 790 < len(cut.encode()) <= 800
+
+
+def test_as_many_violations_as_fit_are_told() -> None:
+    many = [FieldViolation(f"labels[{number}]" * 100, "is wrong " * 100) for number in range(100)]
+    back = from_status(to_status(errors.InvalidArgument.of(many)))
+    assert isinstance(back, errors.InvalidArgument)
+    assert len(back.violations) == 8
+    assert all(len(it.field.encode()) <= 80 and len(it.description.encode()) <= 240 for it in back.violations)
+
+
+def test_half_of_a_surrogate_pair_is_no_reason_to_fail() -> None:
+    name = b"\xff".decode("utf-8", "surrogateescape")
+    back = from_status(to_status(errors.NotFound(f"no file {name}", metadata={"name": name})))
+    assert (back.message, back.metadata) == ("no file ?", {"name": "?"})
+
+
 @pytest.mark.parametrize("code", list(grpc.StatusCode))
 def test_any_peer_s_status_becomes_an_error(code: grpc.StatusCode) -> None:
     error = from_status(status_pb2.Status(code=code.value[0], message="text"))

@@ -50,7 +50,8 @@ class Host:
 
     memory_mib: int
     accelerator: str
-    accelerator_detail: str
+    why: str
+    """Why it is this accelerator, for people."""
 
 
 class Listener(Protocol):
@@ -115,7 +116,7 @@ class Helper:
             f"{a.name}: {a.detail or f'{a.elapsed.ToTimedelta().total_seconds():.2f} s of measured work'}"
             for a in response.accelerators
         )
-        return Host(response.memory_mib, response.accelerator, told)
+        return Host(response.memory_mib, response.accelerator, told or "as the settings of the helper say")
 
     async def follow(self, listener: Listener) -> None:
         """Tells the listener what the helper tells, over every loss of the connection, until cancelled."""

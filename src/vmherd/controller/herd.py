@@ -25,12 +25,13 @@ from vmherd.controller.records import (
     encode_instance,
     instance_key,
 )
-from vmherd.controller.store import Compare, Conflict, Put, StoreError
+from vmherd.controller.store import Compare, Conflict, Entry, Put, StoreError
 from vmherd.controller.supervisor import Supervisor, World
 from vmherd.controller.views import Snapshot, snapshot_of
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import (
+    FailedPrecondition,
     FieldViolation,
     InvalidArgument,
     NotFound,
@@ -70,10 +71,14 @@ class Herd:
         """Held while an instance is in the store and has no supervisor yet."""
 
     async def open(self) -> None:
-        """Takes up every instance of the store and begins to follow the helper."""
+        """Takes up every instance of the store and begins to follow the helper.
+
+        Raises:
+            FailedPrecondition: a record is none; nothing was taken up.
+        """
         entries, self._revision = await self._world.store.list(INSTANCES)
-        for entry in entries:
-            self._add(decode_instance(entry.value), entry.mod_revision)
+        for entry, instance in [(entry, _readable(entry)) for entry in entries]:
+            self._add(instance, entry.mod_revision)
         self._spawn(self._world.helper.follow(self))
         self._spawn(self._keep_house())
 
@@ -196,7 +201,7 @@ class Herd:
         instance, image = await self._planned(spec)
         host = await self._world.helper.host()
         argv = await self._world.helper.plan(machine_of(replace(instance, generation=1), image, self._world.state))
-        return Plan(instance, tuple(argv), f"{host.accelerator} ({host.accelerator_detail})")
+        return Plan(instance, tuple(argv), f"{host.accelerator} ({host.why})")
 
     async def _planned(self, spec: LaunchSpec) -> tuple[Instance, KernelImage]:
         if spec.name in self._supervisors and not self._supervisors[spec.name].deleted:
@@ -302,6 +307,17 @@ class Herd:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _readable(entry: Entry) -> Instance:
+    try:
+        return decode_instance(entry.value)
+    except ValueError as error:
+        raise FailedPrecondition(
+            f"the store's record {entry.key} cannot be read; was it written by a newer vmherd? {error}",
+            reason="RECORD_NOT_READABLE",
+            metadata={"key": entry.key},
+        ) from error
 
 
 def _operation(verb: Verb, request_id: str, *, force: bool = False, grace_s: float | None = None) -> Operation:

@@ -43,13 +43,21 @@ async def test_the_host_is_described(house: House) -> None:
     assert told.qemu_version.split(".")[0].isdigit()
     assert {"q35", "pc"} <= set(told.machine_types)
     assert told.accelerator == "tcg"
+    assert not told.accelerators  # the settings choose, and nobody has to measure
+    assert told.cpus == os.cpu_count()
+    assert told.memory_mib == memory_mib()
+
+
+async def test_accelerators_are_measured_where_the_settings_leave_them_open(house: House) -> None:
+    house.settings.accelerator = QemuSettings.AUTO
+    await house.restart()
+    told = await host(house)
     measured = {accelerator.name: accelerator for accelerator in told.accelerators}
     assert set(measured) == {"kvm", "tcg"}
     assert measured["tcg"].usable
     assert measured["tcg"].elapsed.ToTimedelta().total_seconds() > 0
     assert measured["kvm"].usable or measured["kvm"].detail
-    assert told.cpus == os.cpu_count()
-    assert told.memory_mib == memory_mib()
+    assert told.accelerator in measured
 
 
 async def test_a_plan_is_what_start_runs(house: House) -> None:

@@ -115,7 +115,7 @@ async def test_a_machine_that_the_helper_does_not_know_is_gone_unless_it_answers
             supervisor.process_not_seen()
             await supervisor.changed.wait()
             assert supervisor.instance.state is State.RUNNING
-        await supervisor.until(lambda: not supervisor.monitor.up) if supervisor.monitor.up else None
+        await supervisor.monitor.hung_up()
         supervisor.process_not_seen()
         await supervisor.until(lambda: supervisor.instance.state is State.FAILED)
         assert supervisor.instance.last_exit is not None
@@ -154,8 +154,8 @@ async def test_lost_and_found(world: World, run: InstanceRun) -> None:
 async def test_news_of_another_start_are_no_news(world: World) -> None:
     async with supervising(world, RUNNING) as supervisor:
         before = supervisor.instance
-        supervisor.process_seen(replace(ENDED, generation=2))
-        supervisor.process_seen(replace(ENDED, generation=0))
-        await supervisor.changed.wait()
-        await supervisor.changed.wait()
+        for generation in (0, 2):
+            changed = supervisor.changed
+            supervisor.process_seen(replace(ENDED, generation=generation))
+            await changed.wait()
         assert supervisor.instance == before

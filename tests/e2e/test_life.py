@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.framework.herd import HerdUnderTest, reason
@@ -17,8 +18,6 @@ from tests.integration.qemu.house import idle_kernel
 from vmherd.model.machine import mac_of
 
 RUNGS = ["PROCESS", "QMP", "AGENT", "ADDRESS"]
-FREEZE_AGENT = "killall -STOP qemu-ga"
-FREEZE_BUTTON = "killall -STOP acpid"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +59,16 @@ def once_running(herd: HerdUnderTest, program: str, name: str) -> None:
 def in_background(script: str) -> str:
     """A script for the guest's shell that goes on after the agent's command has ended."""
     return f"({script}) </dev/null >/dev/null 2>&1 &"
+
+
+def ping(herd: HerdUnderTest, name: str, timeout: str) -> httpx.Response:
+    return herd.http.get(f"/v1/instances/{name}/guest/ping", headers={"Grpc-Timeout": timeout})
+
+
+def freeze_agent(herd: HerdUnderTest, name: str, then: str = "true") -> None:
+    """Stops the guest agent's process, as if it hung; `then` goes on in the guest."""
+    herd.shell(in_background(f"killall -STOP qemu-ga; {then}"), name=name)
+    herd.eventually(lambda: ping(herd, name, "500m").status_code == 504)
 
 
 def changes(herd: HerdUnderTest, after: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -196,22 +205,17 @@ def test_a_guest_that_writes_nonsense_to_its_console_runs_on(shared_herd: HerdUn
 
 @pytest.mark.usefixtures("web", "db")
 def test_a_guest_that_hangs_delays_nobody_else(shared_herd: HerdUnderTest, aside: Callable[..., Future[Any]]) -> None:
-    shared_herd.shell(in_background(f"usleep 100000; {FREEZE_AGENT}; sleep 6; killall -CONT qemu-ga"), name="db")
-
-    def ping(name: str, timeout: str) -> Any:
-        return shared_herd.http.get(f"/v1/instances/{name}/guest/ping", headers={"Grpc-Timeout": timeout})
-
-    shared_herd.eventually(lambda: ping("db", "500m").status_code == 504)
-    hanging = aside(ping, "db", "3S")
+    freeze_agent(shared_herd, "db", then="sleep 6; killall -CONT qemu-ga")
+    hanging = aside(ping, shared_herd, "db", "3S")
     for _ in range(10):
-        assert ping("web", "1S").status_code == 200
+        assert ping(shared_herd, "web", "1S").status_code == 200
         assert shared_herd.info("db")["state"] == "RUNNING"
         assert len(shared_herd.http.get("/v1/instances").json()["instances"]) == 2
     assert not hanging.done()
     response = hanging.result()
     assert (response.status_code, reason(response)) == (504, "AGENT_UNRESPONSIVE")
     assert response.json()["message"].startswith("'db': guest-ping: ")
-    shared_herd.eventually(lambda: ping("db", "1S").status_code == 200)
+    shared_herd.eventually(lambda: ping(shared_herd, "db", "1S").status_code == 200)
 
 
 def test_a_guest_that_reboots_keeps_its_process_and_climbs_again(
@@ -280,7 +284,7 @@ def test_one_life(shared_herd: HerdUnderTest) -> None:
 
 def test_the_power_button_works_where_the_agent_hangs(shared_herd: HerdUnderTest, db: dict[str, Any]) -> None:
     once_running(shared_herd, "acpid", "db")
-    shared_herd.shell(in_background(FREEZE_AGENT), name="db")
+    freeze_agent(shared_herd, "db")
     stopped = shared_herd.ask("POST", "db/stop", grace="3s")
     assert (stopped["state"], stopped["lastExit"]["stopStep"]) == ("STOPPED", "POWER_BUTTON")
     assert stopped["lastExit"]["cause"] == "STOPPED"
@@ -289,7 +293,8 @@ def test_the_power_button_works_where_the_agent_hangs(shared_herd: HerdUnderTest
 @pytest.mark.usefixtures("db")
 def test_qemu_quits_where_the_guest_hears_nothing(shared_herd: HerdUnderTest) -> None:
     once_running(shared_herd, "acpid", "db")
-    shared_herd.shell(in_background(f"{FREEZE_BUTTON}; {FREEZE_AGENT}"), name="db")
+    shared_herd.shell("killall -STOP acpid", name="db")
+    freeze_agent(shared_herd, "db")
     stopped = shared_herd.ask("POST", "db/stop", grace="0.5s")
     assert (stopped["state"], stopped["lastExit"]["stopStep"]) == ("STOPPED", "QUIT")
 
@@ -328,12 +333,13 @@ def test_a_second_stop_joins_the_first_and_force_hastens_both(
 
 
 def test_a_launch_answers_as_soon_as_qemu_does(shared_herd: HerdUnderTest, deaf: dict[str, Any]) -> None:
-    for _ in range(3):
+    starts = 3
+    for _ in range(starts):
         shared_herd.ask("POST", "deaf/stop", force=True)
         started = time.monotonic()
         assert shared_herd.ask("POST", "deaf/start")["readiness"]["reached"] == "QMP"
         assert time.monotonic() - started < 5.0
-    assert shared_herd.info("deaf")["generation"] == deaf["generation"] + 3
+    assert shared_herd.info("deaf")["generation"] == deaf["generation"] + starts
 
 
 def test_of_many_deletes_at_once_each_gets_its_answer(

@@ -109,15 +109,13 @@ class HerdUnderTest:
 
     def launch(self, name: str = "web", *, until: str = "AGENT", **fields: Any) -> dict[str, Any]:
         """Launches an instance over HTTP and waits for a rung of its readiness; "" waits for none."""
-        response = self.http.post("/v1/instances", json={"name": name, **fields})
-        assert response.status_code == 200, response.text
-        return self.wait(name, until) if until else response.json()
+        launched = _succeeded(self.http.post("/v1/instances", json={"name": name, **fields}))
+        return self.wait(name, until) if until else launched
 
     def ask(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         """A request below `/v1/instances/` that must succeed."""
         response = self.http.request(method, f"/v1/instances/{path}", json=body if method == "POST" else None)
-        assert response.status_code == 200, response.text
-        return response.json()
+        return _succeeded(response)
 
     def run(self, *command: str, name: str = "web", **fields: Any) -> dict[str, Any]:
         """Runs a command in a guest."""
@@ -127,7 +125,7 @@ class HerdUnderTest:
         """Runs a shell script in a guest that must succeed, and gives what it wrote."""
         result = self.run("sh", "-c", script, name=name)
         assert (result["exitCode"], result["stderr"]) == (0, ""), result
-        return result["stdout"]
+        return str(result["stdout"])
 
     def boot_id(self, name: str = "web") -> str:
         """Names one boot of a guest."""
@@ -138,7 +136,8 @@ class HerdUnderTest:
         lines = self.stream(f"/v1/instances/{name}/wait", until=until, timeout=f"{BOOT_TIMEOUT_S:g}s")
         last = list(lines)[-1]
         assert "result" in last, last
-        return last["result"]["instance"]
+        instance: dict[str, Any] = last["result"]["instance"]
+        return instance
 
     def stream(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
         """The messages of a stream, one by one."""
@@ -148,9 +147,7 @@ class HerdUnderTest:
 
     def info(self, name: str = "web") -> dict[str, Any]:
         """An instance as it is now."""
-        response = self.http.get(f"/v1/instances/{name}")
-        assert response.status_code == 200, response.text
-        return response.json()
+        return self.ask("GET", name)
 
     def client(self) -> Client:
         """A gRPC client of the controller."""
@@ -235,7 +232,13 @@ def herd_under_test(image: KernelImage) -> Iterator[HerdUnderTest]:
 def reason(response: httpx.Response) -> str:
     """The reason of a request that failed: the `ErrorInfo` of its status."""
     [info] = [detail for detail in response.json()["details"] if detail["@type"].endswith("google.rpc.ErrorInfo")]
-    return info["reason"]
+    return str(info["reason"])
+
+
+def _succeeded(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
 
 
 def _free_port() -> int:

@@ -236,7 +236,10 @@ async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
 
 
 async def _until_somebody_answers(supervisor: Supervisor, step: StopStep) -> None:
-    """Waits for one who can carry the step out, or say that there is nothing left to stop."""
+    """Waits for one who can carry the step out, or say that there is nothing left to stop.
+
+    It may take long: a stop that was accepted is not given up because nobody can be asked.
+    """
     helper, monitor = supervisor.world.helper, supervisor.monitor
     await supervisor.until(
         lambda: supervisor.ended.is_set() or helper.connected or (monitor.up and step is not StopStep.KILL)

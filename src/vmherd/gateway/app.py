@@ -129,6 +129,7 @@ async def serving(settings: GatewaySettings, *, address_file: Path | None = None
             server.should_exit = True
             await serve
             log_connection.cancel()
+            await asyncio.wait({log_connection})
             await upstream.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Importing annotations_pb2 registers the google.api.http option, which parsing would otherwise skip.
 from google.api import annotations_pb2, http_pb2
@@ -34,8 +34,8 @@ class Api:
     """The RPCs of one package, the pool that holds their types, and every comment by the full name of what it is on."""
 
     pool: DescriptorPool
-    methods: tuple[Method, ...]
-    comments: Mapping[str, str]
+    methods: tuple[Method, ...] = field(repr=False)
+    comments: Mapping[str, str] = field(repr=False)
 
 
 def built_in() -> FileDescriptorSet:
@@ -104,8 +104,8 @@ def _message_names(message: DescriptorProto, path: Path, scope: str) -> Iterator
     numbers = message.DESCRIPTOR.fields_by_name
     name = f"{scope}.{message.name}"
     yield path, name
-    for index, field in enumerate(message.field):
-        yield (*path, numbers["field"].number, index), f"{name}.{field.name}"
+    for index, member in enumerate(message.field):
+        yield (*path, numbers["field"].number, index), f"{name}.{member.name}"
     for index, nested in enumerate(message.nested_type):
         yield from _message_names(nested, (*path, numbers["nested_type"].number, index), name)
     for index, enum in enumerate(message.enum_type):

@@ -60,7 +60,7 @@ _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,4})?")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 _ENUM_NUMBER = re.compile("-?[0-9]{1,10}")
 _URL_SAFE = str.maketrans("-_", "+/")
-_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_FLOAT32_MAX = math.nextafter((2 - 2**-24) * 2.0**127, 0)  # the largest number that rounds to one of 32 bits
 
 
 def to_json(message: Message, pool: DescriptorPool) -> str:

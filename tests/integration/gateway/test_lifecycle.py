@@ -48,10 +48,12 @@ def names_in(directory: Path) -> list[str]:
 
 async def test_the_address_is_written_and_removed(short_dir: Path) -> None:
     file = short_dir / "address"
+    tasks = asyncio.all_tasks()
     async with serving(settings_of(short_dir), address_file=file) as address, httpx.AsyncClient() as http:
         assert file.read_text() == f"{address}\n"
         assert (await http.get(f"http://{address}/healthz")).json() == {"status": "SERVING"}
     assert names_in(short_dir) == []
+    assert asyncio.all_tasks() == tasks
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(*address.split(":"))
 

@@ -79,7 +79,7 @@ async def heard(socket: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
 @asynccontextmanager
 async def serving(socket: Path) -> AsyncIterator[None]:
     server = grpc.aio.server()
-    qemu_pb2_grpc.add_QemuServiceServicer_to_server(Watched(), server)
+    qemu_pb2_grpc.add_QemuServiceServicer_to_server(Watched(), server)  # type: ignore[abstract]
     server.add_insecure_port(f"unix:{socket}")
     await server.start()
     yield

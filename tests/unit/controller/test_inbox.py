@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -21,7 +22,7 @@ async def test_messages_are_handled_in_turn() -> None:
         seen.append(number)
 
     for number in (1, 2):
-        inbox.put(lambda number=number: handle(number))
+        inbox.put(partial(handle, number))
     async with asyncio.timeout(DEADLINE_S):
         await inbox.serve(lambda: len(seen) == 4)
     assert seen == [1, 1, 2, 2]

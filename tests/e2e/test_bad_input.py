@@ -15,8 +15,8 @@ import pytest
 from google.protobuf import json_format
 
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import command, fails, raised, refused, told, violations
-from tests.integration.qemu.house import idle_kernel
 from vmherd.api.v1.controller_pb2 import (
     DeleteRequest,
     LaunchRequest,

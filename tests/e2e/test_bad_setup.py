@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import command, fails, refused, vmherd
-from tests.integration.qemu.house import idle_kernel
 
 OLD_QEMU = """#!/bin/sh
 echo 'QEMU emulator version 5.2.0 (Debian 1:5.2+dfsg-11)'

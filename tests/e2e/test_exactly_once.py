@@ -13,8 +13,8 @@ import pytest
 
 from tests.framework.gate import Gate
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import refused
-from tests.integration.qemu.house import idle_kernel
 
 BEFORE = {"launch": None, "start": "STOPPED", "stop": "RUNNING", "restart": "RUNNING", "delete": "RUNNING"}
 """The verbs that take a request id, and the state of the instance that each is tried on."""

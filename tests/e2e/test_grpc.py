@@ -24,8 +24,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from tests.framework.gate import Gate
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import told
-from tests.integration.qemu.house import idle_kernel
 from vmherd.api.v1.controller_pb2 import LaunchRequest, WatchResponse
 from vmherd.api.v1.controller_pb2_grpc import ControllerServiceStub
 from vmherd.api.v1.instance_pb2 import Instance

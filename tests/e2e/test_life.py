@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.framework.herd import HerdUnderTest, reason
-from tests.integration.qemu.house import idle_kernel
+from tests.framework.idle_kernel import idle_kernel
 from vmherd.model.machine import mac_of
 
 RUNGS = ["PROCESS", "QMP", "AGENT", "ADDRESS"]

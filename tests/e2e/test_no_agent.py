@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import command, fails, refused, violations
-from tests.integration.qemu.house import idle_kernel
 
 READING = ["ping", "info", "get-osinfo", "network-get-interfaces", "get-host-name"]
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.framework.herd import PROCESSES, HerdUnderTest, reason
-from tests.integration.qemu.house import idle_kernel
+from tests.framework.idle_kernel import idle_kernel
 
 ANSWERS_AGAIN_S = 3.0
 """From the start of the processes that were killed, Python's own start included, to the guest agent's answer."""

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.framework.herd import HerdUnderTest
+from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import told
-from tests.integration.qemu.house import idle_kernel
 from vmherd.api.v1.controller_pb2 import WatchRequest, WatchResponse
 
 MANY = 25

@@ -18,7 +18,7 @@ from vmherd.controller.helper import Helper
 from vmherd.controller.herd import Herd
 from vmherd.controller.service import ControllerServicer
 from vmherd.controller.store import SqliteStore, StoreError
-from vmherd.controller.supervisor import World
+from vmherd.controller.world import World
 from vmherd.image.registry import ImageRegistry
 from vmherd.model.errors import FailedPrecondition
 from vmherd.model.layout import RunDirectory, StateDirectory

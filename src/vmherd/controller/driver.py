@@ -12,12 +12,16 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
 from vmherd.controller.admission import check_state
-from vmherd.guest_agent import AgentError
+from vmherd.controller.exits import short_tail
+from vmherd.controller.helper import Process
+from vmherd.controller.monitor import Monitor
+from vmherd.controller.world import World
+from vmherd.guest_agent import AgentError, GuestAgent
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, VmherdError
@@ -27,9 +31,6 @@ from vmherd.model.lifecycle import ACTIVE, Event, State
 from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, mac_of
 from vmherd.model.readiness import Rung
 from vmherd.rpc.interceptors import unexpected
-
-if TYPE_CHECKING:
-    from vmherd.controller.supervisor import Supervisor
 
 _log = structlog.get_logger()
 
@@ -43,16 +44,47 @@ TOGGLE_TIMEOUT_S = 5.0
 QMP_RETURN_TIMEOUT_S = 5.0
 AGENT_TIMEOUT_S = 5.0
 HELPER_RETRY_S = 0.2
-STDERR_TAIL_MAX_CHARACTERS = 500
-"""Errors travel in HTTP/2 headers, which hold 8 KiB; the instance's record has more."""
-
 DISK_BYTES = 1 << 30
 """Size of the empty disk that an instance of a kernel image gets; the file is sparse."""
 
 T = TypeVar("T")
 
 
-async def carry_out(operation: Operation, supervisor: Supervisor) -> VmherdError | None:
+class Driven(Protocol):
+    """The supervisor's side of a command: what is known of the instance, and who is told what happens."""
+
+    world: World
+    monitor: Monitor
+    ended: asyncio.Event
+    stop_step: StopStep | None
+
+    @property
+    def instance(self) -> Instance:
+        """The instance as it is now."""
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until a condition on this instance holds."""
+
+    def open_agent(self) -> GuestAgent:
+        """The guest agent's client; raises `FailedPrecondition` when the instance does not run."""
+
+    def process_seen(self, process: Process) -> None:
+        """The helper knows this process."""
+
+    def process_not_seen(self) -> None:
+        """The helper knows no process of this instance."""
+
+    def process_started(self, process: Process) -> None:
+        """The helper has answered a start with this process."""
+
+    async def start_again(self) -> None:
+        """The first half of a restart is done."""
+
+    async def start_failed(self, exit_: Exit) -> None:
+        """There is no process, and there will be none."""
+
+
+async def carry_out(operation: Operation, supervisor: Driven) -> VmherdError | None:
     """Carries out a command to its end, or to an error; the supervisor knows what state that left."""
     try:
         await _STEPS[operation.verb](operation, supervisor)
@@ -63,7 +95,7 @@ async def carry_out(operation: Operation, supervisor: Supervisor) -> VmherdError
     return None
 
 
-async def toggle(supervisor: Supervisor, event: Event) -> None:
+async def toggle(supervisor: Driven, event: Event) -> None:
     """Pauses or resumes a machine; answers when QEMU says that it has.
 
     Raises:
@@ -89,7 +121,7 @@ _TOGGLES = {Event.PAUSE: ("pause", "stop"), Event.RESUME: ("resume", "cont")}
 """What vmherd and what QEMU calls it."""
 
 
-async def _start(_: Operation, supervisor: Supervisor) -> None:
+async def _start(_: Operation, supervisor: Driven) -> None:
     path = supervisor.world.state.instance(supervisor.instance.uid)
     try:
         await _in_thread(partial(_make_disk, path.path, path.disk))
@@ -99,17 +131,17 @@ async def _start(_: Operation, supervisor: Supervisor) -> None:
         await _bring_up(supervisor)
 
 
-async def _stop(operation: Operation, supervisor: Supervisor) -> None:
+async def _stop(operation: Operation, supervisor: Driven) -> None:
     await _bring_down(operation, supervisor)
 
 
-async def _restart(operation: Operation, supervisor: Supervisor) -> None:
+async def _restart(operation: Operation, supervisor: Driven) -> None:
     await _bring_down(operation, supervisor)
     await supervisor.start_again()
     await _bring_up(supervisor)
 
 
-async def _delete(operation: Operation, supervisor: Supervisor) -> None:
+async def _delete(operation: Operation, supervisor: Driven) -> None:
     await _bring_down(operation, supervisor)
     uid = supervisor.instance.uid
     await _with_helper(supervisor, lambda: supervisor.world.helper.release(uid))
@@ -122,7 +154,7 @@ async def _delete(operation: Operation, supervisor: Supervisor) -> None:
         raise Aborted(f"cannot remove {path}: {error.strerror}: {error.filename}", reason="DISK_NOT_REMOVED") from error
 
 
-_STEPS: dict[Verb, Callable[[Operation, Supervisor], Awaitable[None]]] = {
+_STEPS: dict[Verb, Callable[[Operation, Driven], Awaitable[None]]] = {
     Verb.LAUNCH: _start,
     Verb.START: _start,
     Verb.STOP: _stop,
@@ -168,7 +200,7 @@ def _make_disk(directory: os.PathLike[str], disk: os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-async def _bring_up(supervisor: Supervisor) -> None:
+async def _bring_up(supervisor: Driven) -> None:
     world, instance = supervisor.world, supervisor.instance
     try:
         machine = machine_of(instance, world.images.get(instance.image), world.state)
@@ -193,14 +225,14 @@ def _under_control(instance: Instance) -> bool:
     return (instance.readiness.reached or 0) >= Rung.QMP
 
 
-async def _start_failed(supervisor: Supervisor, detail: str, stderr_tail: str = "") -> Aborted:
+async def _start_failed(supervisor: Driven, detail: str, stderr_tail: str = "") -> Aborted:
     exit_ = Exit(Cause.START_FAILED, detail, ended_at_s=time.time(), stderr_tail=stderr_tail)
     await supervisor.start_failed(exit_)
     return _not_started(supervisor.instance.name, detail, stderr_tail)
 
 
 def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
-    tail = stderr_tail[-STDERR_TAIL_MAX_CHARACTERS:]
+    tail = short_tail(stderr_tail)
     metadata = {"name": name} | ({"stderr_tail": tail} if tail else {})
     return Aborted(
         f"{name!r} did not start: {detail}; mend that and start it again, or delete it",
@@ -209,7 +241,7 @@ def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
     )
 
 
-async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
+async def _bring_down(operation: Operation, supervisor: Driven) -> None:
     """Climbs down the ladder of a stop until QEMU has ended; `Supervisor.stop_step` says where it stands."""
     if not operation.force and _under_control(supervisor.instance):
         await _give_qemu_time_to_answer(supervisor)
@@ -235,7 +267,7 @@ async def _bring_down(operation: Operation, supervisor: Supervisor) -> None:
         )
 
 
-async def _until_somebody_answers(supervisor: Supervisor, step: StopStep) -> None:
+async def _until_somebody_answers(supervisor: Driven, step: StopStep) -> None:
     """Waits for one who can carry the step out, or say that there is nothing left to stop.
 
     It may take long: a stop that was accepted is not given up because nobody can be asked.
@@ -246,7 +278,7 @@ async def _until_somebody_answers(supervisor: Supervisor, step: StopStep) -> Non
     )
 
 
-async def _give_qemu_time_to_answer(supervisor: Supervisor) -> None:
+async def _give_qemu_time_to_answer(supervisor: Driven) -> None:
     """Lets a new controller find QEMU again; otherwise it would go straight for the kill."""
     await _until_somebody_answers(supervisor, StopStep.AGENT)
     with contextlib.suppress(TimeoutError):
@@ -254,20 +286,20 @@ async def _give_qemu_time_to_answer(supervisor: Supervisor) -> None:
             await supervisor.until(lambda: supervisor.ended.is_set() or supervisor.monitor.up)
 
 
-async def _ask_agent(supervisor: Supervisor) -> None:
+async def _ask_agent(supervisor: Driven) -> None:
     await supervisor.monitor.execute("cont")  # a paused guest hears nothing
     await supervisor.open_agent().send("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
 
 
-async def _press_power_button(supervisor: Supervisor) -> None:
+async def _press_power_button(supervisor: Driven) -> None:
     await supervisor.monitor.execute("system_powerdown")
 
 
-async def _tell_qemu_to_quit(supervisor: Supervisor) -> None:
+async def _tell_qemu_to_quit(supervisor: Driven) -> None:
     await supervisor.monitor.execute("quit")
 
 
-async def _kill(supervisor: Supervisor) -> None:
+async def _kill(supervisor: Driven) -> None:
     uid, generation = supervisor.instance.uid, supervisor.instance.generation
     try:
         process = await _with_helper(supervisor, lambda: supervisor.world.helper.kill(uid, generation))
@@ -277,7 +309,7 @@ async def _kill(supervisor: Supervisor) -> None:
         supervisor.process_seen(process)
 
 
-_LADDER: dict[StopStep, Callable[[Supervisor], Awaitable[None]]] = {
+_LADDER: dict[StopStep, Callable[[Driven], Awaitable[None]]] = {
     StopStep.AGENT: _ask_agent,
     StopStep.POWER_BUTTON: _press_power_button,
     StopStep.QUIT: _tell_qemu_to_quit,
@@ -288,7 +320,7 @@ GRACEFUL = frozenset({StopStep.AGENT, StopStep.POWER_BUTTON})
 """Steps that leave the guest the time of the stop's grace; the others are QEMU's own work."""
 
 
-async def _with_helper(supervisor: Supervisor, call: Callable[[], Awaitable[T]]) -> T:
+async def _with_helper(supervisor: Driven, call: Callable[[], Awaitable[T]]) -> T:
     """Makes a call that the helper takes any number of times, again until it was there to take it."""
     while True:
         try:

@@ -12,6 +12,8 @@ GUEST_PANIC = "guest-panic"
 HOST_SIGNAL = "host-signal"
 """Reasons of QMP's SHUTDOWN event that do not mean a guest that ended in good order."""
 
+STDERR_TAIL_MAX_CHARACTERS = 500
+
 STOP_STEP_NAMES = {
     StopStep.AGENT: "the guest agent shut the guest down",
     StopStep.POWER_BUTTON: "the guest shut down at the power button",
@@ -54,6 +56,11 @@ def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutd
         signal=process.signal,
         stderr_tail=process.stderr_tail,
     )
+
+
+def short_tail(stderr_tail: str) -> str:
+    """As much of QEMU's last words as an error has room for: errors travel in HTTP/2 headers, which hold 8 KiB."""
+    return stderr_tail[-STDERR_TAIL_MAX_CHARACTERS:]
 
 
 def _signal_name(number: int) -> str:

@@ -26,8 +26,9 @@ from vmherd.controller.records import (
     instance_key,
 )
 from vmherd.controller.store import Compare, Conflict, Entry, Put, StoreError
-from vmherd.controller.supervisor import Supervisor, World
+from vmherd.controller.supervisor import Supervisor
 from vmherd.controller.views import Snapshot, snapshot_of
+from vmherd.controller.world import World
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import (

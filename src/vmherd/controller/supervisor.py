@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 from google.protobuf import json_format
@@ -19,20 +19,19 @@ from google.protobuf import json_format
 from vmherd.controller import driver, requests
 from vmherd.controller.admission import admit
 from vmherd.controller.exits import judge
-from vmherd.controller.helper import Helper, Process
+from vmherd.controller.helper import Process
 from vmherd.controller.inbox import Inbox, Message
 from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.monitor import AGENT_PORT, Monitor
 from vmherd.controller.probe import Probe
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
-from vmherd.controller.store import Put, Store
+from vmherd.controller.store import Put
 from vmherd.controller.tasks import cancelled, spawn
+from vmherd.controller.world import World
 from vmherd.guest_agent import GuestAgent
-from vmherd.image.registry import ImageRegistry
 from vmherd.model import lifecycle
 from vmherd.model.errors import Aborted, VmherdError, illegal_transition, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
-from vmherd.model.layout import RunDirectory, StateDirectory
 from vmherd.model.lifecycle import Event, State
 from vmherd.model.readiness import Readiness, Rung
 from vmherd.rpc.status import to_status
@@ -43,18 +42,6 @@ STARTING_VERBS = frozenset({Verb.LAUNCH, Verb.START})
 ENDING_VERBS = frozenset(Verb) - STARTING_VERBS
 AGENT_STATES = frozenset({State.RUNNING, State.STOPPING})
 """States in which a guest agent can answer."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What every supervisor works with."""
-
-    store: Store
-    helper: Helper
-    images: ImageRegistry
-    run: RunDirectory
-    state: StateDirectory
-    stop_grace_s: float
 
 
 class Supervisor:
@@ -194,7 +181,7 @@ class Supervisor:
     # What the driver tells.
 
     def process_started(self, process: Process) -> None:
-        """The helper has answered a start with this process, and no longer uses QEMU's control socket itself."""
+        """The helper has answered a start with this process."""
         self._inbox.put(lambda: self._on_started(process))
 
     async def start_again(self) -> None:

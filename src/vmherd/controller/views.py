@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vmherd.controller.exits import short_tail
 from vmherd.controller.records import INSTANCES, decode_instance
 from vmherd.controller.store import Compacted, Store
 from vmherd.controller.supervisor import Supervisor
@@ -27,8 +28,6 @@ from vmherd.model.readiness import WAITING_FOR, Rung
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
-STDERR_TAIL_MAX_CHARACTERS = 500
-"""Of QEMU's last words in an error; the instance has them all."""
 
 DEAD_STATES = frozenset({State.STOPPED, State.FAILED})
 
@@ -188,7 +187,7 @@ def _never(instance: Instance, until: Rung) -> FailedPrecondition:
         f"{instance.name!r} is {instance.state} and will not reach {until.name}{why}",
         reason="INSTANCE_FAILED" if instance.state is State.FAILED else "INSTANCE_STOPPED",
         metadata={"name": instance.name, "state": instance.state}
-        | ({"cause": exit_.cause, "stderr_tail": exit_.stderr_tail[-STDERR_TAIL_MAX_CHARACTERS:]} if exit_ else {}),
+        | ({"cause": exit_.cause, "stderr_tail": short_tail(exit_.stderr_tail)} if exit_ else {}),
     )
 
 

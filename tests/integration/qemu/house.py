@@ -8,7 +8,6 @@ import os
 import select
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import uuid
@@ -20,6 +19,7 @@ from pathlib import Path
 import grpc
 from google.protobuf import json_format
 
+from tests.framework.idle_kernel import idle_kernel
 from vmherd.api.qemu.v1 import qemu_pb2, qemu_pb2_grpc
 from vmherd.api.settings.v1.settings_pb2 import QemuSettings
 from vmherd.model.layout import InstanceRun, RunDirectory, StateDirectory
@@ -34,20 +34,6 @@ from vmherd.api.settings.v1.settings_pb2 import QemuSettings
 from vmherd.qemu.app import run
 asyncio.run(run(json_format.Parse(sys.argv[1], QemuSettings())))
 """
-
-
-def idle_kernel() -> bytes:
-    """A multiboot kernel that halts for good.
-
-    https://www.gnu.org/software/grub/manual/multiboot/multiboot.html
-    """
-    magic, addresses_given, load_address, header_bytes = 0x1BADB002, 1 << 16, 0x100000, 32
-    code = b"\xfa\xf4\xeb\xfd"  # cli; hlt; jmp to the hlt
-    end = load_address + header_bytes + len(code)
-    checksum = -(magic + addresses_given) & 0xFFFFFFFF
-    entry = load_address + header_bytes
-    header = (magic, addresses_given, checksum, load_address, load_address, end, end, entry)
-    return struct.pack("<8I", *header) + code
 
 
 async def _helper(settings: QemuSettings, stderr: int | None = None) -> asyncio.subprocess.Process:

@@ -16,8 +16,9 @@ from tests.framework.fake_agent import FakeAgent
 from tests.framework.fake_qmp import FakeQmp, event
 from vmherd.controller.helper import Helper, Process
 from vmherd.controller.store import SqliteStore
-from vmherd.controller.supervisor import Supervisor, World
+from vmherd.controller.supervisor import Supervisor
 from vmherd.controller.tasks import cancelled
+from vmherd.controller.world import World
 from vmherd.image.registry import ImageRegistry
 from vmherd.model.instance import Cause, Hardware, Instance, Operation, Verb, started
 from vmherd.model.layout import InstanceRun, RunDirectory, StateDirectory

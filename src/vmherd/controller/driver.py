@@ -206,8 +206,7 @@ async def _bring_up(supervisor: Driven) -> None:
         machine = machine_of(instance, world.images.get(instance.image), world.state)
         process = await _with_helper(supervisor, lambda: world.helper.start(machine))
     except (VmherdError, ImageError) as error:
-        tail = error.metadata.get("stderr_tail", "") if isinstance(error, VmherdError) else ""
-        raise await _start_failed(supervisor, str(error), tail) from error
+        raise await _start_failed(supervisor, str(error)) from error
     supervisor.process_started(process)
     try:
         async with asyncio.timeout(UNDER_CONTROL_TIMEOUT_S):
@@ -216,28 +215,27 @@ async def _bring_up(supervisor: Driven) -> None:
         await _kill(supervisor)
         detail = f"QEMU did not answer on its control socket within {UNDER_CONTROL_TIMEOUT_S:g} s and was killed"
         raise await _start_failed(supervisor, detail) from error
-    if supervisor.instance.state is State.FAILED:
-        exit_ = supervisor.instance.last_exit
-        raise _not_started(instance.name, exit_.detail if exit_ else "", exit_.stderr_tail if exit_ else "")
+    exit_ = supervisor.instance.last_exit
+    if supervisor.instance.state is State.FAILED and exit_:
+        raise _not_started(instance.name, exit_)
 
 
 def _under_control(instance: Instance) -> bool:
     return (instance.readiness.reached or 0) >= Rung.QMP
 
 
-async def _start_failed(supervisor: Driven, detail: str, stderr_tail: str = "") -> Aborted:
-    exit_ = Exit(Cause.START_FAILED, detail, ended_at_s=time.time(), stderr_tail=stderr_tail)
+async def _start_failed(supervisor: Driven, detail: str) -> Aborted:
+    exit_ = Exit(Cause.START_FAILED, detail, ended_at_s=time.time())
     await supervisor.start_failed(exit_)
-    return _not_started(supervisor.instance.name, detail, stderr_tail)
+    return _not_started(supervisor.instance.name, exit_)
 
 
-def _not_started(name: str, detail: str, stderr_tail: str) -> Aborted:
-    tail = short_tail(stderr_tail)
-    metadata = {"name": name} | ({"stderr_tail": tail} if tail else {})
+def _not_started(name: str, exit_: Exit) -> Aborted:
+    tail = short_tail(exit_.stderr_tail)
     return Aborted(
-        f"{name!r} did not start: {detail}; mend that and start it again, or delete it",
+        f"{name!r} did not start: {exit_.detail}; mend that and start it again, or delete it",
         reason="START_FAILED",
-        metadata=metadata,
+        metadata={"name": name} | ({"stderr_tail": tail} if tail else {}),
     )
 
 

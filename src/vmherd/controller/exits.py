@@ -22,11 +22,13 @@ STOP_STEP_NAMES = {
 }
 
 
-def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutdown_reason: str) -> tuple[Event, Exit]:
+def judge(
+    process: Process, *, came_up: bool, stop_step: StopStep | None, stopping: bool, shutdown_reason: str
+) -> tuple[Event, Exit]:
     """What an ended process means for its instance.
 
-    `stop_step` is the step of a stop that was being tried, `stopping` whether a stop was under way at all, and
-    `shutdown_reason` the reason that QEMU gave for going down, empty when it gave none.
+    `came_up` says whether QEMU had ever answered, `stop_step` which step of a stop was being tried, `stopping` whether
+    a stop was under way at all, and `shutdown_reason` why QEMU said that it goes down, empty when it said nothing.
     """
     # An earlier controller may have got as far as the kill, and the next one does not know of its steps.
     while_away = stopping and stop_step is None
@@ -47,6 +49,9 @@ def judge(process: Process, *, stop_step: StopStep | None, stopping: bool, shutd
         event, cause, detail = Event.ENDED, Cause.GUEST_SHUTDOWN, "the guest shut itself down"
     else:
         event, cause, detail = Event.DIED, Cause.VANISHED, "QEMU is gone and nobody saw how it ended"
+    if cause in (Cause.CRASHED, Cause.VANISHED):
+        cause = cause if came_up or stopping else Cause.START_FAILED
+        detail = ": ".join([detail, *process.stderr_tail.splitlines()[-1:]])
     return event, Exit(
         cause=cause,
         detail=detail,

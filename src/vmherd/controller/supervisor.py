@@ -305,6 +305,7 @@ class Supervisor:
     def _judge(self, process: Process) -> tuple[Event, Exit]:
         return judge(
             process,
+            came_up=(self.instance.readiness.reached or 0) >= Rung.QMP,
             stop_step=self.stop_step,
             stopping=self._is_under_way(ENDING_VERBS),
             shutdown_reason=self._shutdown_reason,

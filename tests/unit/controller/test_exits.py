@@ -40,7 +40,7 @@ def ended(exit_code: int | None = None, signal: int | None = None) -> Process:
 def test_judge(
     process: Process, stop_step: StopStep | None, stopping: bool, reason: str, event: Event, cause: Cause
 ) -> None:
-    happened, exit_ = judge(process, stop_step=stop_step, stopping=stopping, shutdown_reason=reason)
+    happened, exit_ = judge(process, came_up=True, stop_step=stop_step, stopping=stopping, shutdown_reason=reason)
     assert (happened, exit_.cause) == (event, cause)
     assert exit_.stop_step == (stop_step if cause is Cause.STOPPED else None)
     assert (exit_.exit_code, exit_.signal, exit_.stderr_tail) == (process.exit_code, process.signal, "tail")
@@ -48,6 +48,13 @@ def test_judge(
     assert exit_.ended_at_s == 7.0
 
 
+@pytest.mark.parametrize("process", [ended(1), ended(signal=6), ended()])
+def test_a_qemu_that_never_answered_did_not_start(process: Process) -> None:
+    happened, exit_ = judge(process, came_up=False, stop_step=None, stopping=False, shutdown_reason="")
+    assert (happened, exit_.cause) == (Event.DIED, Cause.START_FAILED)
+    assert exit_.detail.endswith(": tail")
+
+
 def test_a_signal_is_named() -> None:
-    _, exit_ = judge(ended(signal=11), stop_step=None, stopping=False, shutdown_reason="")
+    _, exit_ = judge(ended(signal=11), came_up=True, stop_step=None, stopping=False, shutdown_reason="")
     assert "SIGSEGV (signal 11)" in exit_.detail

@@ -142,7 +142,7 @@ async def run(settings: GatewaySettings, *, address_file: Path | None = None) ->
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Leaves signals to `until_signalled`: uvicorn raises them anew at its end, before all else is closed."""
+        """Leaves signals to the caller; uvicorn would take SIGTERM and SIGINT for itself."""
         yield
 
 

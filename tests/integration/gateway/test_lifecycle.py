@@ -58,6 +58,14 @@ async def test_the_address_is_written_and_removed(short_dir: Path) -> None:
         await asyncio.open_connection(*address.split(":"))
 
 
+async def test_signals_are_left_to_the_caller(short_dir: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    async with serving(settings_of(short_dir)) as address, httpx.AsyncClient() as http:
+        assert (await http.get(f"http://{address}/healthz")).status_code == 200
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
 async def test_ipv6(short_dir: Path) -> None:
     async with serving(settings_of(short_dir, listen="[::1]:0")) as address, httpx.AsyncClient() as http:
         assert address.startswith("[::1]:")

@@ -24,6 +24,7 @@ from vmherd.model.errors import FailedPrecondition
 from vmherd.model.layout import RunDirectory, StateDirectory
 from vmherd.rpc.channel import open_channel
 from vmherd.rpc.serving import check_socket_path, serving, until_signalled
+from vmherd.rpc.token import read_token
 
 _log = structlog.get_logger()
 
@@ -39,7 +40,7 @@ async def run(settings: ControllerSettings) -> None:
     """
     run_directory, state = RunDirectory(Path(settings.run_dir)), StateDirectory(Path(settings.state_dir))
     check_socket_path(run_directory.longest_socket_path())
-    token = _read_token(settings.token_file) if settings.listen_tcp else ""
+    token = read_token(Path(settings.token_file)) if settings.listen_tcp else ""
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_owned(state))
         store = _open_store(state)
@@ -103,18 +104,6 @@ def _not_usable(state: StateDirectory, why: str) -> FailedPrecondition:
         reason="STATE_NOT_USABLE",
         metadata={"path": state.path},
     )
-
-
-def _read_token(path: str) -> str:
-    try:
-        token = Path(path).read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FailedPrecondition(
-            f"cannot read the token file {path}: {error}; gRPC on TCP needs one", reason="TOKEN_NOT_READABLE"
-        ) from error
-    if not token:
-        raise FailedPrecondition(f"the token file {path} is empty; gRPC on TCP needs one", reason="TOKEN_NOT_USABLE")
-    return token
 
 
 def _seconds(settings: ControllerSettings, field: str, default_s: float) -> float:

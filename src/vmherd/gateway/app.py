@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import re
 import socket
 from collections.abc import AsyncIterator, Collection, Generator, Iterator
 from pathlib import Path
@@ -29,12 +28,12 @@ from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unimplemented
 from vmherd.rpc.serving import check_socket_path, until_signalled
 from vmherd.rpc.status import to_status
+from vmherd.rpc.token import read_token
 
 MAX_BODY_BYTES = 1024 * 1024
 SHUTDOWN_TIMEOUT_S = 1
 """How long connections may take to end once the gateway shuts down; a client that reads nothing is cut off then."""
 
-_TOKEN = re.compile(rb"[\x21-\x7e]+")
 
 _log = structlog.get_logger()
 
@@ -105,7 +104,7 @@ async def serving(settings: GatewaySettings, *, address_file: Path | None = None
         FailedPrecondition: the address, the token or the address file cannot be had.
     """
     host, port = _check(settings)
-    token = None if settings.no_token else _read_token(Path(settings.token_file))
+    token = None if settings.no_token else read_token(Path(settings.token_file))
     with await _listener(host, port) as listener:
         closing, upstream = Closing(), Upstream(Path(settings.controller))
         app = create_app(
@@ -182,18 +181,6 @@ def _host_and_port(listen: str) -> tuple[str, int] | None:
         if parts.hostname and parts.port is not None and parts.netloc == listen:
             return parts.hostname, parts.port
     return None
-
-
-def _read_token(path: Path) -> str:
-    try:
-        token = path.read_bytes().strip()
-    except OSError as error:
-        why = f"cannot read the token file {path}: {error.strerror}"
-        raise FailedPrecondition(why, reason="TOKEN_NOT_READABLE") from error
-    if not _TOKEN.fullmatch(token):
-        why = f"the token file {path} holds no token: expected one line of printable ASCII without spaces"
-        raise FailedPrecondition(why, reason="TOKEN_NOT_USABLE")
-    return token.decode()
 
 
 async def _listener(host: str, port: int) -> socket.socket:

@@ -12,7 +12,8 @@ ANSWER_MAX_BYTES = 160 * 1024 * 1024
 OPTIONS = (
     # gRPC waits up to two minutes between attempts; with this the first call after a restart of the peer succeeds.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long an attempt may take, for a peer that is busy.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_receive_message_length", ANSWER_MAX_BYTES),
     # The peer is on this host: no proxy of the environment lies in between.

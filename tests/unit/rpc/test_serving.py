@@ -109,9 +109,9 @@ async def test_an_unexpected_exception_reaches_the_log_and_not_the_caller(
 ) -> None:
     async with served(servicer, path):
         servicer.error = RuntimeError("the secret is 42")
-        watch = stub.Watch(controller_pb2.WatchRequest())
         with capture_logs() as logs:
             first = await error_of(stub.Info(controller_pb2.InfoRequest()))
+            watch = stub.Watch(controller_pb2.WatchRequest())
             await watch.read()
             second = await error_of(watch.read())
     for error, log in zip((first, second), logs, strict=True):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ def own_directory(path: Path) -> Iterator[None]:
         raise _unusable(path, error) from error
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, descriptor)
+        _check_private(path, os.fstat(descriptor))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -197,6 +199,15 @@ def _make_directory(path: Path) -> None:
         path.mkdir()
         # Root's QEMU may run under a uid of its own and has to get in; what is secret has a mode of its own.
         path.chmod(0o755 if os.getuid() == 0 else 0o700)
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    """Whoever else may write into the run directory could choose the token and the program that runs as QEMU."""
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise FailedPrecondition(
+            f"others may write to {path}, or own it; `chown` it to yourself and `chmod go-w` it, or choose another",
+            reason="DIRECTORY_NOT_PRIVATE",
+        )
 
 
 def _make_token(path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
 
 from vmherd.api.v1.controller_pb2 import LaunchRequest, PlanRequest
 from vmherd.cli.herd_files import settings_file
@@ -193,7 +194,9 @@ def _what_is_missing(herd: Herd, address: str) -> str:
         return body
     with Client(herd.controller_socket) as client:
         try:
-            client.instances.Plan(PlanRequest(launch=LaunchRequest(name="probe")), timeout=MEASURE_TIMEOUT_S)
+            client.instances.Plan(
+                PlanRequest(launch=LaunchRequest(name=f"probe-{uuid4().hex}")), timeout=MEASURE_TIMEOUT_S
+            )
         except (Unavailable, DeadlineExceeded) as error:
             return error.message
         except VmherdError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +59,7 @@ def serve(name: str, words: Sequence[str]) -> int:
         parser.add_argument(
             "--address-file", metavar="FILE", type=Path, help="write HOST:PORT there once requests are accepted"
         )
+    os.umask(0o077)  # what the three write is for themselves
     try:
         asyncio.run(PROCESSES[name](parser.parse_args(words)))
     except VmherdError as error:

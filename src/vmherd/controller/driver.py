@@ -20,6 +20,7 @@ from vmherd.controller.admission import check_state
 from vmherd.controller.exits import short_tail
 from vmherd.controller.helper import Process
 from vmherd.controller.monitor import Monitor
+from vmherd.controller.tasks import uninterrupted
 from vmherd.controller.world import World
 from vmherd.guest_agent import AgentError, GuestAgent
 from vmherd.image.errors import ImageError
@@ -183,11 +184,7 @@ def machine_of(instance: Instance, image: KernelImage, state: StateDirectory) ->
 
 async def _in_thread(work: Callable[[], None]) -> None:
     """Does blocking work to its end, also when cancelled: two must not be at work on one instance's files."""
-    doing = asyncio.create_task(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(doing)
-    finally:
-        await asyncio.wait([doing])
+    await uninterrupted(asyncio.to_thread(work))
 
 
 def _make_disk(directory: os.PathLike[str], disk: os.PathLike[str]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import structlog
@@ -27,6 +27,7 @@ from vmherd.controller.records import (
 )
 from vmherd.controller.store import Compare, Conflict, Entry, Put, StoreError
 from vmherd.controller.supervisor import Supervisor
+from vmherd.controller.tasks import spawn
 from vmherd.controller.views import Snapshot, snapshot_of
 from vmherd.controller.world import World
 from vmherd.image.errors import ImageError
@@ -44,6 +45,8 @@ from vmherd.model.errors import (
 from vmherd.model.instance import Hardware, Instance, LaunchSpec, Operation, Verb, check_launch, started
 from vmherd.model.names import check_request_id
 from vmherd.rpc.status import from_status
+
+T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -80,8 +83,8 @@ class Herd:
         entries, self._revision = await self._world.store.list(INSTANCES)
         for entry, instance in [(entry, _readable(entry)) for entry in entries]:
             self._add(instance, entry.mod_revision)
-        self._spawn(self._world.helper.follow(self))
-        self._spawn(self._keep_house())
+        self._keep(spawn(self._world.helper.follow(self), "news of the helper"))
+        self._keep(spawn(self._keep_house(), "housekeeping"))
 
     async def close(self) -> None:
         """Lets go of every instance. Its machine runs on."""
@@ -112,7 +115,8 @@ class Herd:
         operation = _operation(Verb.LAUNCH, spec.request_id)
         instance = replace(started(instance, time.time()) if spec.start else instance, operation=operation)
         # A caller that goes away must not leave a record that nobody supervises.
-        outcome = await asyncio.shield(self._spawn(self._launch(instance, operation, spec.request_id, fingerprint)))
+        launch = self._launch(instance, operation, spec.request_id, fingerprint)
+        outcome = await asyncio.shield(self._keep(asyncio.create_task(launch)))
         return _snapshot(outcome)
 
     async def _launch(self, instance: Instance, operation: Operation, request_id: str, fingerprint: str) -> Outcome:
@@ -170,8 +174,10 @@ class Herd:
             except (VmherdError, StoreError) as error:
                 # Of two equal requests at once the second is the first one again, and none that the state forbids.
                 outcome = await self._replayed(request_id, fingerprint)
+                if not outcome and isinstance(error, StoreError):
+                    raise _not_stored(error) from error
                 if not outcome:
-                    raise _not_stored(error) if isinstance(error, StoreError) else error from error
+                    raise
         return _snapshot(outcome)
 
     async def pause(self, name: str) -> Snapshot:
@@ -265,7 +271,7 @@ class Herd:
     def _add(self, instance: Instance, revision: int) -> Supervisor:
         supervisor = Supervisor(self._world, instance, revision)
         self._supervisors[instance.name] = supervisor
-        self._spawn(self._supervise(supervisor))
+        self._keep(spawn(self._supervise(supervisor), f"supervisor of {instance.name}"))
         return supervisor
 
     async def _supervise(self, supervisor: Supervisor) -> None:
@@ -283,9 +289,8 @@ class Herd:
                 return None
             if request.outcome:
                 return request.outcome
-            supervisor = self._supervisors[request.name]
             with contextlib.suppress(LookupError):  # it was settled since the store was read
-                return await supervisor.outcome(request.operation_id)
+                return await self._supervisors[request.name].outcome(request.operation_id)
 
     async def _keep_house(self) -> None:
         """Forgets old requests and old changes, for the store must not grow for ever."""
@@ -296,15 +301,14 @@ class Herd:
                 _, revision = await store.list(INSTANCES)
                 upto = max(0, revision - REVISIONS_KEPT)
                 await store.compact(upto)
-            except StoreError as error:
+            except (StoreError, ValueError) as error:
                 _log.error("old requests and changes were not forgotten; trying again later", error=str(error))
             else:
                 # However long no instance has changed, `List` names a revision that can still be watched from.
                 self._revision = max(self._revision, upto)
             await asyncio.sleep(HOUSEKEEPING_PERIOD_S)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(work)
+    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -22,17 +22,15 @@ from qemu.qmp import (
     StateError,
 )
 
+from vmherd.controller.tasks import uninterrupted
 from vmherd.model.errors import Aborted, DeadlineExceeded, Unavailable
+from vmherd.model.machine import AGENT_CHARDEV_ID
 
 _log = structlog.get_logger()
 
 # The library calls every failed attempt to connect an error, and a cancelled one a defect. `Monitor` says what matters.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
-AGENT_PORT = "agent0"
-"""The `id` of the guest agent's port; `VSERPORT_CHANGE` names it."""
-
-AGENT_CHARDEV = "qga0"
 COMMAND_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 HANG_UP_TIMEOUT_S = 0.5
@@ -134,7 +132,7 @@ class Monitor:
         status = await client.execute("query-status")
         chardevs = await client.execute("query-chardev")
         agent_open = any(
-            chardev.get("label") == AGENT_CHARDEV and chardev.get("frontend-open") is True
+            chardev.get("label") == AGENT_CHARDEV_ID and chardev.get("frontend-open") is True
             for chardev in (chardevs if isinstance(chardevs, list) else [])
         )
         self._client = client
@@ -146,7 +144,7 @@ class Monitor:
         was_up = self._client is client
         self._client = None
         with contextlib.suppress(EOFError, OSError, QMPError):  # QEMU hung up first, as most connections end
-            await client.disconnect()
+            await uninterrupted(client.disconnect())
         if was_up:
             self._sink.qmp_down()
         self._down.set()

@@ -22,7 +22,7 @@ from vmherd.controller.exits import judge
 from vmherd.controller.helper import Process
 from vmherd.controller.inbox import Inbox, Message
 from vmherd.controller.instance_record import InstanceRecord
-from vmherd.controller.monitor import AGENT_PORT, Monitor
+from vmherd.controller.monitor import Monitor
 from vmherd.controller.probe import Probe
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
 from vmherd.controller.store import Put
@@ -33,6 +33,7 @@ from vmherd.model import lifecycle
 from vmherd.model.errors import Aborted, VmherdError, illegal_transition, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
 from vmherd.model.lifecycle import Event, State
+from vmherd.model.machine import AGENT_PORT_ID
 from vmherd.model.readiness import Readiness, Rung
 from vmherd.rpc.status import to_status
 
@@ -347,7 +348,7 @@ class Supervisor:
         await self._on_event(Event.GUEST_SHUTDOWN)
 
     async def _on_port(self, data: Mapping[str, object]) -> None:
-        if data.get("id") == AGENT_PORT:
+        if data.get("id") == AGENT_PORT_ID:
             # Within a second QEMU tells only the last change: one that opens an open port hides that it was closed.
             await self._probe.set_port_open(False)
             await self._probe.set_port_open(data.get("open") is True)

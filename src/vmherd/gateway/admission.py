@@ -26,7 +26,7 @@ class Admission:
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], token: str | None, public: Collection[str]) -> None:
         """Takes the names beside the loopback's, the token, None for none, and the paths that need no token."""
         self._app = app
-        self._hosts = frozenset(_host_of(host) for host in hosts)
+        self._hosts = frozenset(_host_of(host) for host in hosts) - {""}
         self._token = None if token is None else token.encode()
         self._public = frozenset(path.encode() for path in public)
 

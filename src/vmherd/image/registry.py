@@ -14,7 +14,7 @@ DESCRIPTION = "image.json"
 """The file that makes a directory an image. It is written last."""
 
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,61}[a-z0-9])?")
-_HINT = "The built-in one is made by: python -m vmherd.image.builtin --images-dir {images_dir}"
+_HINT = "`vmherd up` makes the built-in one"
 
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class ImageRegistry:
             ImageCorrupt: its files cannot be used.
         """
         if not _NAME.fullmatch(name) or not (self.images_dir / name / DESCRIPTION).exists():
-            raise ImageNotFound(name, self._names(), _HINT.format(images_dir=self.images_dir))
+            raise ImageNotFound(name, self._names(), _HINT)
         return read_image(self.images_dir / name)
 
     def _names(self) -> list[str]:

@@ -21,6 +21,10 @@ MEMORY_MIN_MIB = 32
 MEMORY_MAX_MIB = 64 * 1024 * 1024
 DISKS_MAX = 16
 NICS_MAX = 8
+AGENT_CHARDEV_ID = "qga0"
+AGENT_PORT_ID = "agent0"
+"""What the guest agent's channel is called on the command line, and in what QEMU tells of it."""
+
 COMMAND_LINE_MAX_BYTES = 2047
 """COMMAND_LINE_SIZE of Linux on x86, less its NUL."""
 

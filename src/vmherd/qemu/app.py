@@ -46,7 +46,7 @@ async def run(settings: QemuSettings) -> None:
     run_directory, state = RunDirectory(Path(settings.run_dir)), StateDirectory(Path(settings.state_dir))
     check_socket_path(run_directory.longest_socket_path())
     if not os.access(state.path, os.R_OK | os.W_OK | os.X_OK):
-        raise _not_usable("state_dir", state.path, "it is missing or this user may not write to it")
+        raise _not_usable("state_dir", state.path, "it is missing or this user may not write to it;")
     with _owned(run_directory), contextlib.closing(ProcessTable(run_directory)) as processes:
         processes.adopt()
         host = Host(settings.qemu_binary, WANTED[settings.accelerator], state.accelerators)
@@ -70,15 +70,16 @@ def _owned(directory: RunDirectory) -> Iterator[None]:
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise _not_usable("run_dir", path, "another helper works in it") from error
+            why = "another helper works in it; end that one first (`pgrep -af 'vmherd qemu'` finds it), or"
+            raise _not_usable("run_dir", path, why) from error
         except OSError as error:
-            raise _not_usable("run_dir", path, str(error)) from error
+            raise _not_usable("run_dir", path, f"{error};") from error
         yield
 
 
 def _not_usable(setting: str, path: Path, why: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"{setting}: cannot use {path}: {why}; choose another one",
+        f"{setting}: cannot use {path}: {why} choose another one",
         reason="DIRECTORY_NOT_USABLE",
         metadata={"setting": setting, "path": path},
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmherd.model.layout import InstanceRun
-from vmherd.model.machine import Disk, Machine, Nic, NicBackend
+from vmherd.model.machine import AGENT_CHARDEV_ID, AGENT_PORT_ID, Disk, Machine, Nic, NicBackend
 from vmherd.qemu.accelerator import CPU_MODEL, Accelerator
 
-AGENT_PORT = "org.qemu.guest_agent.0"
+AGENT_PORT_NAME = "org.qemu.guest_agent.0"
 TRANSLATIONS_MIN_MIB = 64
 TRANSLATIONS_MAX_MIB = 512
 
@@ -41,10 +41,10 @@ def argv(
         *("-mon", option(chardev="qmp", mode="control")),
         *("-chardev", _listening(run.console, id="console", logfile=console_log, logappend=True)),
         *("-serial", "chardev:console"),
-        *("-chardev", _listening(run.agent, id="qga0")),
+        *("-chardev", _listening(run.agent, id=AGENT_CHARDEV_ID)),
         *("-device", "virtio-serial"),
         # Without its id the port has no VSERPORT_CHANGE event.
-        *("-device", option("virtserialport", chardev="qga0", name=AGENT_PORT, id="agent0")),
+        *("-device", option("virtserialport", chardev=AGENT_CHARDEV_ID, name=AGENT_PORT_NAME, id=AGENT_PORT_ID)),
         *("-object", option("rng-builtin", id="rng0")),
         *("-device", option("virtio-rng-pci", rng="rng0")),
         *("-device", "pvpanic-pci"),

@@ -19,11 +19,19 @@ from vmherd.model.layout import SOCKET_PATH_MAX_BYTES
 from vmherd.rpc.interceptors import ErrorsToStatus, TokenOnTcp
 
 SHUTDOWN_GRACE_S = 0.5
-SOCKET_MODE = 0o660
+SOCKET_MODE = 0o600
+"""Who may connect may command; a group that also may comes with a uid for each machine."""
+
 MESSAGE_MAX_BYTES = 32 * 1024 * 1024
 """Room for the largest request there is: a command with 16 MiB of standard input."""
 
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""SIGHUP is what a terminal sends that is closed."""
+
 OPTIONS = (
+    # Callers ask whether we are still there, as `rpc.channel` has it; gRPC takes more than two in 5 minutes for abuse.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     # Two servers on one TCP port would share its callers without a word.
     ("grpc.so_reuseport", 0),
@@ -86,15 +94,6 @@ def owned_socket(path: Path) -> Iterator[None]:
             yield
 
 
-@contextlib.contextmanager
-def _new_files_have(mode: int) -> Iterator[None]:
-    umask = os.umask(0o777 & ~mode)
-    try:
-        yield
-    finally:
-        os.umask(umask)
-
-
 @contextlib.asynccontextmanager
 async def _running(services: Services, address: str, *guards: grpc.aio.ServerInterceptor) -> AsyncIterator[int]:
     errors = ErrorsToStatus()
@@ -105,15 +104,14 @@ async def _running(services: Services, address: str, *guards: grpc.aio.ServerInt
         add(server)
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    with _new_files_have(SOCKET_MODE):
-        try:
-            port = server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise FailedPrecondition(
-                f"cannot listen on {address}: the address is taken or not this host's; choose another",
-                reason="ADDRESS_NOT_AVAILABLE",
-            ) from error
-        await server.start()
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise FailedPrecondition(
+            f"cannot listen on {address}: the address is taken or not this host's; choose another",
+            reason="ADDRESS_NOT_AVAILABLE",
+        ) from error
+    await server.start()
     try:
         yield port
     finally:
@@ -136,6 +134,8 @@ async def serving(services: Services, socket: Path, *, tcp: str = "", token: str
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(owned_socket(socket))
         await stack.enter_async_context(_running(services, f"unix:{socket}"))
+        # Not by the umask, which is the whole process's: others make files meanwhile.
+        os.chmod(socket, SOCKET_MODE)
         port = None
         if tcp:
             port = await stack.enter_async_context(_running(services, tcp, TokenOnTcp(token)))
@@ -143,9 +143,13 @@ async def serving(services: Services, socket: Path, *, tcp: str = "", token: str
 
 
 async def until_signalled() -> None:
-    """Waits for SIGTERM or SIGINT, of which both ask for an orderly end."""
+    """Waits for a signal that asks for an orderly end. A second one ends the process at once."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in END_SIGNALS:
         loop.add_signal_handler(number, asked.set)
-    await asked.wait()
+    try:
+        await asked.wait()
+    finally:
+        for number in END_SIGNALS:
+            loop.remove_signal_handler(number)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from tests.integration.qemu.house import House
+from tests.integration.qemu.house import DEADLINE_S, House
 from vmherd.model.errors import FailedPrecondition
 from vmherd.qemu.process import start_ticks
 from vmherd.rpc.status import from_rpc_error
@@ -41,7 +41,7 @@ async def test_the_next_helper_has_the_same_process_and_sees_its_end(house: Hous
     assert await house.start(machine) == process
     async with house.watching() as news:
         os.kill(process.pid, signal.SIGKILL)
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(DEADLINE_S):
             ended = await anext(news)
     assert ended.HasField("end_time")
     assert not ended.HasField("exit_code")  # only a parent learns it

@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -145,6 +145,25 @@ def test_the_run_directory_is_private_to_an_ordinary_user(
     monkeypatch.setattr(os, "getuid", lambda: uid)
     with own_directory(short_path / "run"):
         assert mode(short_path / "run") == expected
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.chmod(0o770), lambda path: path.chmod(0o707)])
+def test_a_directory_that_others_may_write_to_is_refused(short_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = short_path / "run"
+    path.mkdir()
+    spoil(path)
+    with pytest.raises(FailedPrecondition, match="others may write") as raised, own_directory(path):
+        pytest.fail("its token could be anybody's")
+    assert raised.value.reason == "DIRECTORY_NOT_PRIVATE"
+
+
+def test_a_directory_of_somebody_else_is_refused(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = short_path / "run"
+    path.mkdir(mode=0o755)
+    found = os.stat_result((*path.stat()[:4], 65534, *path.stat()[5:]))
+    monkeypatch.setattr(os, "fstat", lambda _descriptor: found)
+    with pytest.raises(FailedPrecondition, match="or own it"), own_directory(path):
+        pytest.fail("its settings could name any program")
 
 
 def test_a_file_in_place_of_the_directory_is_told(short_path: Path) -> None:

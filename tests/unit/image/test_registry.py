@@ -55,10 +55,7 @@ def test_an_unknown_image_is_answered_with_those_there_are(tmp_path: Path) -> No
     make_image(tmp_path, "debian-12")
     with pytest.raises(ImageNotFound) as caught:
         ImageRegistry(tmp_path).get("builtin")
-    assert str(caught.value) == (
-        "no image 'builtin'; there is debian-12. "
-        f"The built-in one is made by: python -m vmherd.image.builtin --images-dir {tmp_path}"
-    )
+    assert str(caught.value) == ("no image 'builtin'; there is debian-12. `vmherd up` makes the built-in one")
     assert (caught.value.name, caught.value.known) == ("builtin", ("debian-12",))
 
 

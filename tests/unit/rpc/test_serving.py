@@ -171,7 +171,7 @@ async def test_a_socket_that_a_killed_server_left_is_taken_over(servicer: Servic
     servicer.let_go.set()
     async with served(servicer, path):
         assert (await stub.Info(controller_pb2.InfoRequest(name="web"))).name == "web"
-        assert mode_of(path) == 0o660
+        assert mode_of(path) == 0o600
     assert list(path.parent.iterdir()) == []
 
 

@@ -15,10 +15,6 @@ OPTIONS = (
     # How long an attempt may take, for a peer that is busy.
     ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A peer that is stopped or hangs is as good as gone: its open calls end after some 10 s.
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", ANSWER_MAX_BYTES),
     # The peer is on this host: no proxy of the environment lies in between.
     ("grpc.enable_http_proxy", 0),

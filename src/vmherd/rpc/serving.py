@@ -29,9 +29,6 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """SIGHUP is what a terminal sends that is closed."""
 
 OPTIONS = (
-    # Callers ask whether we are still there, as `rpc.channel` has it; gRPC takes more than two in 5 minutes for abuse.
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     # Two servers on one TCP port would share its callers without a word.
     ("grpc.so_reuseport", 0),

@@ -30,7 +30,7 @@ async def ask(headers: dict[str, str], path: str = "/v1/instances", token: str |
         sent.append(message)
 
     door = Admission(
-        inside, hosts=["vm.example.org:8080", "Box.Local", "[fd00::1]:80"], token=token, public=["/healthz"]
+        inside, hosts=["vm.example.org:8080", "Box.Local", "[fd00::1]:80", "", "[bad"], token=token, public=["/healthz"]
     )
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await door({"type": "http", "raw_path": path.encode(), "path": path, "headers": raw}, receive, send)

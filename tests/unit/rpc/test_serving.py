@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -102,6 +103,13 @@ async def test_no_error_is_too_large_for_its_headers(
         servicer.error = errors.InvalidArgument.of([FieldViolation(long, long)] * 100)
         error = await error_of(stub.Info(controller_pb2.InfoRequest()))
         assert (type(error), error.reason) == (errors.InvalidArgument, "INVALID_ARGUMENT")
+
+
+async def test_the_umask_is_left_alone(servicer: Servicer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's, and others make files and directories while a server starts."""
+    monkeypatch.setattr(os, "umask", lambda _mask: pytest.fail("the umask was changed"))
+    async with served(servicer, path):
+        assert mode_of(path) == 0o600
 
 
 async def test_an_unexpected_exception_reaches_the_log_and_not_the_caller(

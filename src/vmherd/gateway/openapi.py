@@ -65,7 +65,7 @@ _STATUS: Json = {
 _TIMEOUT: Json = {
     "name": "Grpc-Timeout",
     "in": "header",
-    "description": "How long the call may take: a number and one of H, M, S, m, u, n. Default: no limit.",
+    "description": "A number and one of H, M, S, m, u, n: how long the call may take. Default: 600S, streams no limit.",
     "schema": {"type": "string", "pattern": "^[0-9]{1,8}[HMSmun]$"},
 }
 

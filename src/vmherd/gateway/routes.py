@@ -25,6 +25,9 @@ from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import DeadlineExceeded, InvalidArgument, Unavailable
 
 BODY_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 600.0
+"""What a single call gets that names no time of its own: more than any command of ours takes by default."""
+
 CALL_GRACE_S = 0.8
 MAX_TIMEOUT_S = 365 * 86400.0
 """gRPC counts in nanoseconds and 63 bits: what the header can say at most would lie in the past."""
@@ -91,6 +94,8 @@ class RpcRoute(BaseRoute):
 
     async def _answer(self, request: Request, send: Send) -> None:
         timeout_s = grpc_timeout_s(request.headers)
+        if timeout_s is None and not self._is_stream:
+            timeout_s = CALL_TIMEOUT_S
         body = await read_body(request, self._max_body_bytes)
         message = self._binding.request(self._pool, request.scope["captured"], request.scope["query_string"], body)
         call = self._stub(message, timeout=timeout_s)

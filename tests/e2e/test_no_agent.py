@@ -43,10 +43,12 @@ def test_a_guest_that_does_not_run(herd: HerdUnderTest) -> None:
 
 
 def test_a_paused_guest(herd: HerdUnderTest) -> None:
+    before = herd.store_revision()
     assert herd.http.post("/v1/instances/idle/pause", json={}).json()["state"] == "PAUSED"
     response = herd.http.get("/v1/instances/idle/guest/ping")
     refused(response, 400, "FAILED_PRECONDITION", "ILLEGAL_STATE", "'idle': it is PAUSED", "RUNNING")
     assert herd.http.post("/v1/instances/idle/resume", json={}).json()["state"] == "RUNNING"
+    herd.eventually(lambda: herd.store_revision() == before + 2)  # the answer may come before the store is through
 
 
 @pytest.mark.usefixtures("unchanged")

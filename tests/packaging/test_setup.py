@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import tomllib
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = [line for line in (ROOT / "packaging/debian-packages").read_text().splitlines() if not line.startswith("#")]
+SCRIPT = "install-debian-packages"
 NOBODY = 65534
 TIMEOUT_S = 30.0
 
@@ -35,6 +37,8 @@ def _filled(host: Path) -> Path:
         "dpkg-query": f"{installed}exit 1\n",
         "apt-get": f'echo "apt-get $*" >>{calls}\n',
     }
+    for name in (SCRIPT, "debian-packages"):  # the checkout may lie where other users cannot look
+        shutil.copy(ROOT / "packaging" / name, host)
     for name, body in programs.items():
         (host / name).write_text(f"#!/bin/sh\n{body}")
         (host / name).chmod(0o755)
@@ -43,7 +47,7 @@ def _filled(host: Path) -> Path:
 
 def install(host: Path, *, user: int | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "packaging/install-debian-packages"],
+        [host / SCRIPT],
         env={"PATH": f"{host}:{os.defpath}"},
         user=user,
         capture_output=True,

@@ -49,7 +49,7 @@ PROCESSES: Mapping[str, Callable[[argparse.Namespace], Coroutine[Any, Any, None]
 
 
 def serve(name: str, words: Sequence[str]) -> int:
-    """Runs one of the three until SIGTERM or SIGINT, and gives the exit code."""
+    """Runs one of the three until it is asked to end by a signal, and gives the exit code."""
     parser = _Parser(prog=f"vmherd {name}", description=PROCESSES[name].__doc__)
     parser.add_argument("--settings", metavar="FILE", type=Path, required=True, help="the settings, as JSON")
     parser.add_argument(

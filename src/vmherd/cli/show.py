@@ -37,8 +37,6 @@ STOP_STEPS = {
     Exit.KILL: "by killing QEMU",
 }
 
-RUNGS = tuple(rung for rung in Readiness.Rung.values() if rung != Readiness.RUNG_UNSPECIFIED)
-
 PIPE_WIDTH = 10_000
 """Lines into a pipe are not broken: the reader is `grep`, not an eye."""
 

@@ -33,7 +33,7 @@ AGENT_TIMEOUT_DEFAULT_S = 10.0
 
 
 async def run(settings: ControllerSettings) -> None:
-    """Runs the controller until SIGTERM or SIGINT. Every instance runs on after that.
+    """Runs the controller until it is asked to end by a signal. Every instance runs on after that.
 
     Raises:
         FailedPrecondition: a path of the settings cannot be used, or another controller uses it.

@@ -133,7 +133,7 @@ async def serving(settings: GatewaySettings, *, address_file: Path | None = None
 
 
 async def run(settings: GatewaySettings, *, address_file: Path | None = None) -> None:
-    """Serves HTTP, as `serving` does, until SIGTERM or SIGINT."""
+    """Serves HTTP, as `serving` does, until it is asked to end by a signal."""
     async with serving(settings, address_file=address_file):
         await until_signalled()
 

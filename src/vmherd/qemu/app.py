@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 
 
 async def run(settings: QemuSettings) -> None:
-    """Serves until SIGTERM or SIGINT. The machines run on.
+    """Serves until it is asked to end by a signal. The machines run on.
 
     Raises:
         InvalidArgument: a setting is wrong.

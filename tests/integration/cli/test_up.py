@@ -39,7 +39,7 @@ def refused(herd: Herd, *options: str) -> tuple[int, str]:
     return done.returncode, line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_says_how_to_get_in_and_ends_when_asked(herd: Herd, number: signal.Signals) -> None:
     with started(herd) as up:
         text = welcome(up)

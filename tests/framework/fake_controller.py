@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, guest_pb2, guest_pb2_grpc
+from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, process_pb2, process_pb2_grpc
 from vmherd.api.v1.controller_pb2 import ListResponse, PlanResponse, WaitResponse, WatchResponse
 from vmherd.api.v1.instance_pb2 import Address, Exit, Hardware, Instance, Readiness
 from vmherd.model.errors import VmherdError, illegal_transition, instance_not_found, name_taken
@@ -37,7 +37,7 @@ class FakeController:
         self.requests: list[Message] = []
         self.errors: dict[str, VmherdError] = {}
         """By the name of the request's message: what the call is answered with."""
-        self.run_answer = guest_pb2.RunResponse()
+        self.run_answer = process_pb2.RunResponse()
         self.launch_state = Instance.RUNNING
         self.page_size_max = 1000
         self.holds_waits = False
@@ -155,11 +155,11 @@ class _Instances(controller_pb2_grpc.ControllerServiceServicer):
         return instance
 
 
-class _Guest(guest_pb2_grpc.GuestServiceServicer):
+class _Processes(process_pb2_grpc.ProcessServiceServicer):
     def __init__(self, fake: FakeController) -> None:
         self._fake = fake
 
-    async def Run(self, request: Any, context: Any) -> guest_pb2.RunResponse:
+    async def Run(self, request: Any, context: Any) -> process_pb2.RunResponse:
         self._fake.received(request)
         self._fake.named(request.name)
         return self._fake.run_answer
@@ -173,8 +173,8 @@ def fake_controller(socket: Path) -> Iterator[FakeController]:
         controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name: partial(
             controller_pb2_grpc.add_ControllerServiceServicer_to_server, _Instances(fake)
         ),
-        guest_pb2.DESCRIPTOR.services_by_name["GuestService"].full_name: partial(
-            guest_pb2_grpc.add_GuestServiceServicer_to_server, _Guest(fake)
+        process_pb2.DESCRIPTOR.services_by_name["ProcessService"].full_name: partial(
+            process_pb2_grpc.add_ProcessServiceServicer_to_server, _Processes(fake)
         ),
     }
     is_up = threading.Event()

@@ -7,7 +7,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from vmherd.api.v1.guest_pb2 import RunRequest
+from vmherd.api.v1.process_pb2 import RunRequest
 from vmherd.cli.report import to_json
 from vmherd.cli.session import MARGIN_S, Name, Session, Timeout, connected
 from vmherd.cli.values import duration, pairs
@@ -41,7 +41,7 @@ def exec_(
         input=input_.read() if input_ else b"",
         timeout=duration(timeout),
     )
-    answer = session.client.guest.Run(request, timeout=timeout + MARGIN_S)
+    answer = session.client.processes.Run(request, timeout=timeout + MARGIN_S)
     if session.as_json:
         print(to_json(answer))
     else:

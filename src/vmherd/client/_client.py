@@ -13,7 +13,9 @@ import grpc
 
 from vmherd.api.v1.controller_pb2 import ListRequest, ListResponse
 from vmherd.api.v1.controller_pb2_grpc import ControllerServiceStub
+from vmherd.api.v1.file_pb2_grpc import FileServiceStub
 from vmherd.api.v1.guest_pb2_grpc import GuestServiceStub
+from vmherd.api.v1.process_pb2_grpc import ProcessServiceStub
 from vmherd.model.errors import Unavailable, VmherdError
 from vmherd.rpc.channel import OPTIONS
 from vmherd.rpc.status import from_rpc_error, status_of
@@ -26,7 +28,7 @@ _PAGE_SIZE = 1000
 class Client:
     """The controller on a unix socket. Every call raises `VmherdError` where it fails.
 
-    `instances` and `guest` are the generated stubs, so each call also takes `timeout` in seconds.
+    `instances`, `guest`, `processes` and `files` are the generated stubs, so each call also takes `timeout` in seconds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +36,8 @@ class Client:
         channel = grpc.intercept_channel(self._channel, _RaisesVmherdErrors(path))
         self.instances = ControllerServiceStub(channel)
         self.guest = GuestServiceStub(channel)
+        self.processes = ProcessServiceStub(channel)
+        self.files = FileServiceStub(channel)
 
     def pages(self, label_selector: Iterable[str] = ()) -> Iterator[ListResponse]:
         """The instances by name, page after page."""

@@ -12,10 +12,21 @@ from typing import cast
 import structlog
 
 from vmherd.api.settings.v1.settings_pb2 import ControllerSettings
-from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, guest_pb2, guest_pb2_grpc
+from vmherd.api.v1 import (
+    controller_pb2,
+    controller_pb2_grpc,
+    file_pb2,
+    file_pb2_grpc,
+    guest_pb2,
+    guest_pb2_grpc,
+    process_pb2,
+    process_pb2_grpc,
+)
+from vmherd.controller.files import FileServicer
 from vmherd.controller.guest import GuestServicer
 from vmherd.controller.helper import Helper
 from vmherd.controller.herd import Herd
+from vmherd.controller.processes import ProcessServicer
 from vmherd.controller.service import ControllerServicer
 from vmherd.controller.store import SqliteStore, StoreError
 from vmherd.controller.world import World
@@ -66,6 +77,12 @@ async def run(settings: ControllerSettings) -> None:
                 guest_pb2_grpc.add_GuestServiceServicer_to_server(
                     cast(guest_pb2_grpc.GuestServiceServicer, guest), server
                 )
+            ),
+            process_pb2.DESCRIPTOR.services_by_name["ProcessService"].full_name: lambda server: (
+                process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessServicer(herd), server)
+            ),
+            file_pb2.DESCRIPTOR.services_by_name["FileService"].full_name: lambda server: (
+                file_pb2_grpc.add_FileServiceServicer_to_server(FileServicer(herd), server)
             ),
         }
         port = await stack.enter_async_context(

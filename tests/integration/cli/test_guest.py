@@ -7,7 +7,7 @@ import pytest
 
 from tests.framework.fake_controller import FakeController
 from tests.integration.cli.conftest import Cli
-from vmherd.api.v1.guest_pb2 import RunResponse
+from vmherd.api.v1.process_pb2 import RunResponse
 from vmherd.model.errors import Unavailable
 
 

@@ -7,7 +7,8 @@ import inspect
 import pytest
 
 from vmherd import guest_agent
-from vmherd.controller.guest import ERRORS, SERVICE, command_of, to_vmherd_error
+from vmherd.controller.agent_calls import ERRORS, to_vmherd_error
+from vmherd.controller.guest import SERVICE, command_of
 from vmherd.guest_agent import AgentError
 from vmherd.rpc.status import to_status
 

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from vmherd.api.v1 import guest_pb2
+from vmherd.controller import commands
 from vmherd.controller.agent_calls import Context, time_left_s, to_vmherd_error
 from vmherd.controller.agent_json import Mismatch, arguments_of, fill
 from vmherd.controller.herd import Herd
@@ -34,11 +35,14 @@ class GuestServicer:
 
     async def call(self, method: MethodDescriptor, request: Any, context: Context) -> Message:
         """Carries out the agent command of an RPC."""
-        agent = self._herd.find(request.name).open_agent()
+        supervisor = self._herd.find(request.name)
         response = GetMessageClass(method.output_type)()
         try:
-            result = await agent.execute(
-                command_of(method), arguments_of(request), timeout_s=time_left_s(context, self._agent_timeout_s)
+            result = await commands.execute(
+                supervisor,
+                command_of(method),
+                arguments_of(request),
+                timeout_s=time_left_s(context, self._agent_timeout_s),
             )
             fill(response, result)
         except AgentError as error:

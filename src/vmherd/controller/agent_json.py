@@ -1,17 +1,25 @@
 """Between the guest agent's JSON and the messages of GuestService, by the descriptors alone.
 
 A field `rx_bytes` is the member `rx-bytes`, bytes are base64, enum values are lower-case words with hyphens. A result
-that is no object goes into the response's only field.
+that is no object goes into the response's only field. What JSON writes as one member of several kinds is a oneof here:
+the member has the oneof's name.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
+from vmherd.model.errors import FieldViolation, InvalidArgument
+
+_OWN_FIELDS = {"name", "thaw_after"}
+"""What a request has for vmherd itself."""
+
+_OPTIONAL_LISTS = {"arg", "env", "mountpoints"}
+"""Lists that an agent may go without; protobuf has no mark for these."""
 
 _KINDS: dict[int, tuple[type, ...]] = {
     FieldDescriptor.CPPTYPE_BOOL: (bool,),
@@ -31,9 +39,61 @@ class Mismatch(ValueError):
     """What the agent said does not have the shape that its reference gives it."""
 
 
-def arguments_of(message: Message) -> dict[str, object]:
-    """The arguments of an agent command: every field that is set, but the instance's `name`."""
-    return {_member(field): _to_json(field, value) for field, value in message.ListFields() if field.name != "name"}
+def arguments_of(request: Message) -> dict[str, object]:
+    """The arguments of an agent command: what the request has beside the fields of vmherd's own.
+
+    Raises:
+        InvalidArgument: the agent would misunderstand a value.
+    """
+    fields: Any = request.DESCRIPTOR.fields
+    return _members(request, [field for field in fields if field.name not in _OWN_FIELDS])
+
+
+def _members(message: Message, fields: Any) -> dict[str, object]:
+    members: dict[str, object] = {}
+    for field in fields:
+        value = getattr(message, field.name)
+        if _is_sent(message, field, value):
+            members[_member(field)] = (
+                [_to_json(field, item) for item in value] if field.is_repeated else _to_json(field, value)
+            )
+    return members
+
+
+def _is_sent(message: Message, field: FieldDescriptor, value: Any) -> bool:
+    if field.enum_type:
+        return bool(value)  # the zero value says that it is not set
+    if field.is_repeated:
+        return bool(value) or field.name not in _OPTIONAL_LISTS
+    # A plain field is sent with its zero value too: that may be the very offset or state that is asked for.
+    return not field.has_presence or message.HasField(field.name)
+
+
+def _to_json(field: FieldDescriptor, value: Any) -> object:
+    if field.message_type:
+        return _members(value, value.DESCRIPTOR.fields)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return base64.b64encode(value).decode()
+    if field.enum_type:
+        return _word(field, value)
+    if isinstance(value, str):
+        _check_text(field, value)
+    return value
+
+
+def _word(field: FieldDescriptor, number: int) -> str:
+    enum: Any = field.enum_type
+    if number not in enum.values_by_number:  # protobuf lets any number pass
+        words = ", ".join(value.name for value in enum.values[1:])
+        raise InvalidArgument.of([FieldViolation(field.name, f"must be one of {words}, is {number}")])
+    return str(enum.values_by_number[number].name).lower().replace("_", "-")
+
+
+def _check_text(field: FieldDescriptor, text: str) -> None:
+    if "\0" in text:  # QEMU's JSON parser makes two other bytes of it
+        raise InvalidArgument.of([FieldViolation(field.name, "must not hold a NUL character")])
+    if not (text or field.has_presence or field.is_repeated):
+        raise InvalidArgument.of([FieldViolation(field.name, "must be given")])
 
 
 def fill(message: Message, result: object) -> None:
@@ -75,7 +135,7 @@ def _fill_field(message: Message, field: Any, value: object) -> None:
 def _guarded(field: FieldDescriptor, assign: Any) -> None:
     try:
         assign()
-    except (ValueError, TypeError) as error:  # a number that the field has no room for
+    except (ValueError, TypeError) as error:  # no base64, or a number that the field has no room for
         raise Mismatch(f"{_member(field)}: {error}") from error
 
 
@@ -89,34 +149,17 @@ def _checked(field: FieldDescriptor, value: object) -> object:
 def _from_json(field: FieldDescriptor, value: object) -> object:
     checked = _checked(field, value)
     if field.type == FieldDescriptor.TYPE_BYTES:
-        try:
-            return base64.b64decode(str(checked), validate=True)
-        except binascii.Error as error:
-            raise Mismatch(f"{_member(field)} is no base64: {error}") from error
+        return base64.b64decode(str(checked), validate=True)
     if field.enum_type:
-        word = str(checked).upper().replace("-", "_")
-        if word not in field.enum_type.values_by_name:
-            raise Mismatch(f"{_member(field)} has no value {checked!r:.50}")
-        return field.enum_type.values_by_name[word].number
+        # An agent may be newer than this API, and its new word is no reason to lose the rest of what it says.
+        word = field.enum_type.values_by_name.get(str(checked).upper().replace("-", "_"))
+        return word.number if word else 0
     # JSON can spell half of a surrogate pair, and UTF-8 cannot.
     return checked.encode("utf-8", "replace").decode() if isinstance(checked, str) else checked
 
 
-def _to_json(field: FieldDescriptor, value: Any) -> object:
-    if field.is_repeated:
-        return [_item_to_json(field, item) for item in value]
-    return _item_to_json(field, value)
-
-
-def _item_to_json(field: FieldDescriptor, value: Any) -> object:
-    if field.message_type:
-        return {_member(inner): _to_json(inner, item) for inner, item in value.ListFields()}
-    if field.type == FieldDescriptor.TYPE_BYTES:
-        return base64.b64encode(value).decode()
-    if field.enum_type:
-        return str(field.enum_type.values_by_number[value].name).lower().replace("_", "-")
-    return value
-
-
 def _member(field: FieldDescriptor) -> str:
-    return str(field.name).replace("_", "-")
+    oneof = field.containing_oneof
+    # An `optional` field is alone in a oneof that only protobuf named.
+    name = oneof.name if oneof and len(oneof.fields) > 1 else field.name
+    return str(name).replace("_", "-")

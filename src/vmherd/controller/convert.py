@@ -43,7 +43,9 @@ def launch_spec(request: controller_pb2.LaunchRequest) -> LaunchSpec:
     )
 
 
-def seconds(request: Message, field: str, *, default_s: float, minimum_s: float = 0.0) -> float:
+def seconds(
+    request: Message, field: str, *, default_s: float, minimum_s: float = 0.0, maximum_s: float = TIMEOUT_MAX_S
+) -> float:
     """A duration of a request in seconds, within bounds.
 
     Raises:
@@ -53,9 +55,9 @@ def seconds(request: Message, field: str, *, default_s: float, minimum_s: float 
         return default_s
     duration: Duration = getattr(request, field)
     value_s = duration.seconds + duration.nanos / 1e9
-    if not minimum_s <= value_s <= TIMEOUT_MAX_S:
+    if not minimum_s <= value_s <= maximum_s:
         raise InvalidArgument.of(
-            [FieldViolation(field, f"must be from {minimum_s:g} s to {TIMEOUT_MAX_S:g} s, is {value_s:g} s")]
+            [FieldViolation(field, f"must be from {minimum_s:g} s to {maximum_s:g} s, is {value_s:g} s")]
         )
     return value_s
 
@@ -126,6 +128,7 @@ def _instance(instance: Instance, revision: int) -> instance_pb2.Instance:
         create_time=_timestamp(instance.created_at_s),
         last_exit=_exit(instance.last_exit) if instance.last_exit else None,
         revision=revision,
+        frozen_until=_timestamp(instance.frozen_until_s) if instance.frozen_until_s is not None else None,
     )
 
 

@@ -11,6 +11,9 @@ import pytest
 from vmherd.gateway import openapi, transcoder
 from vmherd.gateway.descriptors import Api
 
+WITHOUT_ROUTE = {"Exec"}
+"""HTTP has no stream in both directions."""
+
 
 @pytest.fixture(scope="module")
 def document(api: Api) -> dict[str, Any]:
@@ -26,10 +29,11 @@ def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_every_rpc_has_a_route_and_a_comment(api: Api, document: dict[str, Any]) -> None:
-    assert api.methods
+def test_every_rpc_with_an_annotation_has_a_route_and_a_comment(api: Api, document: dict[str, Any]) -> None:
     described = {operation["operationId"]: operation for operation in operations(document).values()}
-    for method in api.methods:
+    annotated = [method for method in api.methods if method.rules]
+    assert annotated
+    for method in annotated:
         service, name = method.descriptor.containing_service.name, method.descriptor.name
         operation = described[f"{service}_{name}"]
         assert operation["description"] == api.comments[f"vmherd.api.v1.{service}.{name}"]
@@ -87,6 +91,15 @@ def test_query_parameters(document: dict[str, Any]) -> None:
     assert by_name["labelSelector"]["schema"] == {"type": "array", "items": {"type": "string"}}
     assert by_name["pageSize"]["schema"]["maximum"] == 2**32 - 1
     assert {it["in"] for it in by_name.values()} == {"query"}
+
+
+def test_files_are_plain_bytes(document: dict[str, Any]) -> None:
+    files = document["paths"]["/v1/instances/{name}/files"]
+    assert set(files) == {"get", "head", "put"}
+    assert set(files["get"]["responses"]["200"]["content"]) == {"application/octet-stream", "application/x-tar"}
+    assert set(files["put"]["requestBody"]["content"]) == {"*/*"}
+    answer = files["put"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert answer == {"$ref": "#/components/schemas/WriteFileResponse"}
 
 
 def test_streams_have_both_forms(document: dict[str, Any]) -> None:

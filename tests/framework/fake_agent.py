@@ -141,8 +141,10 @@ class FakeAgent:
             "guest-fsfreeze-status": lambda _: "frozen" if self.frozen else "thawed",
             "guest-exec": self._exec,
             "guest-exec-status": self._exec_status,
-            "guest-shutdown": lambda _: None,
-        }
+            "guest-fsfreeze-freeze": lambda _: self._set_frozen(True),
+            "guest-fsfreeze-freeze-list": lambda _: self._set_frozen(True),
+            "guest-fsfreeze-thaw": lambda _: self._set_frozen(False),
+        } | {command: lambda _: None for command in _SILENT}
         self._programs: dict[int, _Program] = {}
         self._received = bytearray()
 
@@ -153,7 +155,7 @@ class FakeAgent:
         self._writers: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._received.clear()
-        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        self._server = await self._listen()
         self._work_task = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
@@ -192,6 +194,9 @@ class FakeAgent:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    async def _listen(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._serve, self.path)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -273,6 +278,11 @@ class FakeAgent:
             ],
         }
 
+    def _set_frozen(self, frozen: bool) -> int:
+        """Freezes or thaws one file system, which is all there is."""
+        changed, self.frozen = self.frozen != frozen, frozen
+        return int(changed)
+
     def _exec(self, arguments: dict[str, Any]) -> object:
         try:
             program = _Program(arguments)
@@ -298,6 +308,19 @@ class FakeAgent:
             }
         finally:
             program.close()
+
+
+class FakeAgentOnTcp(FakeAgent):
+    """The same on a TCP port of this host, as behind QEMU's `-chardev socket,host=…,port=…`."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+        self.port = 0
+
+    async def _listen(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = server.sockets[0].getsockname()[1]
+        return server
 
 
 class _Program:

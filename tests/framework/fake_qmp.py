@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ class FakeQmp:
     """A control socket for one client after the other, of a machine that runs and whose agent's port is closed.
 
     `results` has what other commands return; an Exception among them is raised, `EOFError` hangs up, any other is an
-    error with its text.
+    error with its text. `asked` has the commands that came, `events` what is told after the answer to one.
     """
 
     def __init__(self, path: Path, results: Mapping[str, object] | None = None) -> None:
         self.connected = asyncio.Event()
+        self.asked: list[str] = []
+        self.events: dict[str, Mapping[str, object]] = {}
         self._path = path
         self._results = {"query-status": {"running": True}, "query-chardev": []} | dict(results or {})
         self._writer: asyncio.StreamWriter | None = None
@@ -49,15 +52,23 @@ class FakeQmp:
             self._writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):  # the client left without reading everything
+            await self._converse(reader, writer)
+        writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self.connected.set()
         self.say(GREETING)
         while data := await reader.read(1 << 16):  # a client waits for each answer, and ends no line
             request = json.loads(data)
-            result = self._results.get(request["execute"], {})
+            command = request["execute"]
+            self.asked.append(command)
+            result = self._results.get(command, {})
             if isinstance(result, EOFError):
                 break
             failed = isinstance(result, Exception)
             answer = {"error": {"class": "GenericError", "desc": str(result)}} if failed else {"return": result}
             self.say(answer | ({"id": request["id"]} if "id" in request else {}))
-        writer.close()
+            if not failed and command in self.events:
+                self.say(self.events[command])

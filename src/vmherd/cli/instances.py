@@ -153,7 +153,7 @@ def pause(session: Session, names: Names) -> None:
 @app.command(rich_help_panel="Instances")
 @connected
 def resume(session: Session, names: Names) -> None:
-    """Lets paused instances run on."""
+    """Lets paused instances run on, and wakes those that sleep."""
 
     def call(name: str) -> Instance:
         return session.client.instances.Resume(ResumeRequest(name=name), timeout=CHANGE_TIMEOUT_S)

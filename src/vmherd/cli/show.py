@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TextIO
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
@@ -26,6 +27,7 @@ STATE_STYLES = {
     Instance.STARTING: "cyan",
     Instance.STOPPING: "cyan",
     Instance.PAUSED: "yellow",
+    Instance.SUSPENDED: "yellow",
     Instance.FAILED: "bold red",
     Instance.UNKNOWN: "magenta",
 }
@@ -92,9 +94,10 @@ def instance_details(instance: Instance) -> RenderableType:
         "memory": f"{instance.hardware.memory_mib} MiB",
         "image": printable(instance.image),
         "labels": _labels(instance),
-        "created": instance.create_time.ToDatetime(UTC).isoformat(sep=" ", timespec="seconds"),
+        "created": _time(instance.create_time),
         "starts": str(instance.generation),
         "readiness": ", ".join(f"{rung_name(s.rung)} {_seconds(s)}" for s in instance.readiness.steps),
+        "frozen until": _time(instance.frozen_until) if instance.HasField("frozen_until") else "",
         "last exit": _last_exit(instance.last_exit) if instance.HasField("last_exit") else "",
         "revision": str(instance.revision),
     }
@@ -166,6 +169,10 @@ def age(seconds: float) -> str:
         if seconds >= size_s:
             return f"{int(seconds // size_s)}{unit}"
     return f"{max(0, int(seconds))}s"
+
+
+def _time(timestamp: Timestamp) -> str:
+    return timestamp.ToDatetime(UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def _seconds(step: Readiness.Step) -> str:

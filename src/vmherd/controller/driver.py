@@ -18,11 +18,12 @@ import structlog
 
 from vmherd.controller.admission import check_state
 from vmherd.controller.exits import short_tail
+from vmherd.controller.freeze import Freezer
 from vmherd.controller.helper import Process
 from vmherd.controller.monitor import Monitor
 from vmherd.controller.tasks import uninterrupted
 from vmherd.controller.world import World
-from vmherd.guest_agent import AgentError, GuestAgent
+from vmherd.guest_agent import AgentError, AgentFrozen, GuestAgent
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, VmherdError
@@ -44,6 +45,9 @@ END_TIMEOUT_S = 5.0
 TOGGLE_TIMEOUT_S = 5.0
 QMP_RETURN_TIMEOUT_S = 5.0
 AGENT_TIMEOUT_S = 5.0
+WAKE_TIMEOUT_S = 10.0
+"""From waking a guest to its agent's answer."""
+
 HELPER_RETRY_S = 0.2
 DISK_BYTES = 1 << 30
 """Size of the empty disk that an instance of a kernel image gets; the file is sparse."""
@@ -56,6 +60,7 @@ class Driven(Protocol):
 
     world: World
     monitor: Monitor
+    freezer: Freezer
     ended: asyncio.Event
     stop_step: StopStep | None
 
@@ -97,16 +102,15 @@ async def carry_out(operation: Operation, supervisor: Driven) -> VmherdError | N
 
 
 async def toggle(supervisor: Driven, event: Event) -> None:
-    """Pauses or resumes a machine; answers when QEMU says that it has.
+    """Pauses, resumes or wakes a machine; answers when QEMU says that it has.
 
     Raises:
         FailedPrecondition: the instance's state forbids it.
         VmherdError: QEMU cannot be asked, refused or did not do it in time.
     """
-    verb, command = _TOGGLES[event]
-    name, before = supervisor.instance.name, supervisor.instance.state
+    verb, name, before = event.name.lower(), supervisor.instance.name, supervisor.instance.state
     check_state(supervisor.instance, event, verb)
-    await supervisor.monitor.execute(command)
+    await supervisor.monitor.execute(_TOGGLES[before])
     try:
         async with asyncio.timeout(TOGGLE_TIMEOUT_S):
             await supervisor.until(lambda: supervisor.instance.state != before)
@@ -118,8 +122,8 @@ async def toggle(supervisor: Driven, event: Event) -> None:
         ) from error
 
 
-_TOGGLES = {Event.PAUSE: ("pause", "stop"), Event.RESUME: ("resume", "cont")}
-"""What vmherd and what QEMU calls it."""
+_TOGGLES = {State.RUNNING: "stop", State.PAUSED: "cont", State.SUSPENDED: "system_wakeup"}
+"""QEMU's command that leads out of a state."""
 
 
 async def _start(_: Operation, supervisor: Driven) -> None:
@@ -282,8 +286,25 @@ async def _give_qemu_time_to_answer(supervisor: Driven) -> None:
 
 
 async def _ask_agent(supervisor: Driven) -> None:
-    await supervisor.monitor.execute("cont")  # a paused guest hears nothing
-    await supervisor.open_agent().send("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
+    await _let_run(supervisor)
+    agent = supervisor.open_agent()
+    try:
+        await agent.send("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
+    except AgentFrozen:
+        # It refused. The power button would be no way out: the guest would hang on its frozen file systems.
+        await supervisor.freezer.thaw(timeout_s=AGENT_TIMEOUT_S)
+        await agent.send("guest-shutdown", timeout_s=AGENT_TIMEOUT_S)
+
+
+async def _let_run(supervisor: Driven) -> None:
+    """Continues a guest that is paused and wakes one that is suspended, for neither hears anything."""
+    await supervisor.monitor.execute("cont")
+    if await supervisor.monitor.suspended():
+        await supervisor.monitor.execute("system_wakeup")
+        async with asyncio.timeout(WAKE_TIMEOUT_S):
+            await supervisor.until(
+                lambda: supervisor.ended.is_set() or (supervisor.instance.readiness.reached or 0) >= Rung.AGENT
+            )
 
 
 async def _press_power_button(supervisor: Driven) -> None:

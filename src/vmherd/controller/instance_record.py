@@ -44,6 +44,16 @@ class InstanceRecord:
         while not condition():
             await self._changed.wait()
 
+    async def intend(self, instance: Instance) -> None:
+        """Stores what is about to be done.
+
+        Raises:
+            StoreError: it could not be stored, and nothing has changed.
+        """
+        self.revision = await self._store.transact([Put(instance_key(instance.name), encode_instance(instance))])
+        self.instance = instance
+        self.notify()
+
     async def save(self, instance: Instance) -> None:
         """Takes note of what is true already; tells those who wait if that is a change."""
         if instance == self.instance:

@@ -24,6 +24,7 @@ from qemu.qmp import (
 
 from vmherd.controller.tasks import uninterrupted
 from vmherd.model.errors import Aborted, DeadlineExceeded, Unavailable
+from vmherd.model.lifecycle import Event
 from vmherd.model.machine import AGENT_CHARDEV_ID
 
 _log = structlog.get_logger()
@@ -43,7 +44,7 @@ RETRY_DELAYS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 class Sink(Protocol):
     """Who wants to hear from QEMU."""
 
-    def qmp_up(self, *, paused: bool, agent_open: bool) -> None:
+    def qmp_up(self, *, found: Event, agent_open: bool) -> None:
         """QEMU answers; this is how it is."""
 
     def qmp_down(self) -> None:
@@ -137,8 +138,7 @@ class Monitor:
         )
         self._client = client
         self._down.clear()
-        paused = isinstance(status, dict) and status.get("running") is not True
-        self._sink.qmp_up(paused=paused, agent_open=agent_open)
+        self._sink.qmp_up(found=_found(status), agent_open=agent_open)
 
     async def _go_down(self, client: QMPClient) -> None:
         was_up = self._client is client
@@ -154,6 +154,10 @@ class Monitor:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HANG_UP_TIMEOUT_S):
                 await self._down.wait()
+
+    async def suspended(self) -> bool:
+        """Whether the guest has suspended itself; raises what `execute` raises."""
+        return _found(await self.execute("query-status")) is Event.UNDER_CONTROL_SUSPENDED
 
     async def execute(self, command: str) -> object:
         """Carries out a QMP command without arguments.
@@ -177,3 +181,14 @@ class Monitor:
             ) from error
         except QMPError as error:
             raise Aborted(f"QEMU refused {command}: {error}", reason="QMP_COMMAND_FAILED") from error
+
+
+def _found(status: object) -> Event:
+    """What the result of `query-status` says of the guest."""
+    match status:
+        case {"running": True}:
+            return Event.UNDER_CONTROL
+        case {"status": "suspended"}:
+            return Event.UNDER_CONTROL_SUSPENDED
+        case _:
+            return Event.UNDER_CONTROL_PAUSED

@@ -12,7 +12,7 @@ from vmherd.controller.addresses import addresses_of
 from vmherd.controller.inbox import Inbox
 from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.tasks import cancelled, spawn
-from vmherd.guest_agent import AgentError, CommandUnavailable, GuestAgent
+from vmherd.guest_agent import AgentError, AgentFrozen, CommandUnavailable, GuestAgent
 from vmherd.model.instance import Address
 from vmherd.model.machine import mac_of
 from vmherd.model.readiness import Rung
@@ -44,8 +44,8 @@ class Probe:
         self._port_open = False
         self._asking: asyncio.Task[None] | None = None
 
-    async def set_port_open(self, port_open: bool) -> None:
-        """Takes note of whether somebody in the guest holds the agent's port open."""
+    async def set_port_open(self, port_open: bool, why: str = "") -> None:
+        """Takes note of whether somebody in the guest holds the agent's port open, and if not, of why that is."""
         if port_open and not self._port_open:
             self._asking = spawn(self._ask(), f"probe of {self._record.instance.name}")  # begins after this
         if not port_open:
@@ -54,7 +54,7 @@ class Probe:
             instance = self._record.instance
             await self._record.save(replace(instance, readiness=instance.readiness.fall(Rung.QMP), addresses=()))
         self._port_open = port_open
-        self._agent.set_port_open(port_open)
+        self._agent.set_port_open(port_open, why)
 
     async def close(self) -> None:
         """Asks no more."""
@@ -70,6 +70,8 @@ class Probe:
         while True:
             try:
                 interfaces = await self._agent.execute("guest-network-get-interfaces", timeout_s=COMMAND_TIMEOUT_S)
+            except AgentFrozen as error:  # it will tell again
+                _log.debug("the agent is frozen", name=name, error=str(error))
             except CommandUnavailable as error:
                 _log.info("the agent does not tell addresses", name=name, error=str(error))
                 return

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from google.protobuf import json_format
+
 from vmherd.controller.records import REQUESTS, Outcome, Request, decode_request, encode_request, request_key
 from vmherd.controller.store import Compare, Put, Store
 from vmherd.controller.store.base import PUTS_MAX
-from vmherd.model.errors import InvalidArgument
+from vmherd.model.errors import Aborted, InvalidArgument, VmherdError
 from vmherd.model.instance import Operation
+from vmherd.rpc.status import to_status
 
 KEPT_S = 24 * 3600.0
 """How long the outcome of a request is kept for those who ask again."""
@@ -39,6 +42,16 @@ def beginning(request_id: str, request: Request) -> tuple[Put, Compare]:
     """What stores a request at the moment it is accepted, if its id is still new then."""
     key = request_key(request_id)
     return Put(key, encode_request(request)), Compare(key, 0)
+
+
+def failed(error: VmherdError) -> Outcome:
+    """What an operation came to that failed."""
+    return Outcome(error=json_format.MessageToJson(to_status(error), indent=None))
+
+
+def superseded(by: Operation) -> Outcome:
+    """What an operation came to that another one put an end to."""
+    return failed(Aborted(f"a {by.verb} came in between", reason="SUPERSEDED", metadata={"by": by.verb}))
 
 
 async def ending(store: Store, operation: Operation, outcome: Outcome) -> list[Put]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 import structlog
-from google.protobuf import json_format
 
 from vmherd.controller import driver, requests
 from vmherd.controller.admission import admit
 from vmherd.controller.exits import judge
+from vmherd.controller.freeze import Freezer
+from vmherd.controller.happening import Happening, happening_of
 from vmherd.controller.helper import Process
 from vmherd.controller.inbox import Inbox, Message
 from vmherd.controller.instance_record import InstanceRecord
@@ -30,19 +32,16 @@ from vmherd.controller.tasks import cancelled, spawn
 from vmherd.controller.world import World
 from vmherd.guest_agent import GuestAgent
 from vmherd.model import lifecycle
-from vmherd.model.errors import Aborted, VmherdError, illegal_transition, instance_not_found
+from vmherd.model.errors import VmherdError, illegal_transition, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
-from vmherd.model.lifecycle import Event, State
+from vmherd.model.lifecycle import AGENT_STATES, Event, State
 from vmherd.model.machine import AGENT_PORT_ID
 from vmherd.model.readiness import Readiness, Rung
-from vmherd.rpc.status import to_status
 
 _log = structlog.get_logger()
 
 STARTING_VERBS = frozenset({Verb.LAUNCH, Verb.START})
 ENDING_VERBS = frozenset(Verb) - STARTING_VERBS
-AGENT_STATES = frozenset({State.RUNNING, State.STOPPING})
-"""States in which a guest agent can answer."""
 
 
 class Supervisor:
@@ -56,10 +55,13 @@ class Supervisor:
         """Set while no QEMU process of the current generation can be alive."""
         self.stop_step: StopStep | None = None
         self.monitor = Monitor(run.qmp, instance.name, self)
+        self.happened: Counter[Happening] = Counter()
+        """How often each of these has happened: who waits for the next one counts before, and misses none."""
         self._record = InstanceRecord(world.store, instance, revision)
         self._inbox = Inbox(instance.name)
         self._agent = GuestAgent(run.agent)
         self._probe = Probe(self._agent, self._record, self._inbox)
+        self.freezer = Freezer(self._agent, self._record, self._inbox)
         self._outcomes: dict[str, asyncio.Future[Outcome]] = {}
         self._driving: asyncio.Task[None] | None = None
         self._monitoring: asyncio.Task[None] | None = None
@@ -75,12 +77,14 @@ class Supervisor:
             self._watch_qemu()
         if self.instance.operation:
             self._drive(self.instance.operation)
+        self.freezer.take_up()
         try:
             await self._inbox.serve(lambda: self.deleted)
         finally:
             await cancelled(self._driving)
             await cancelled(self._monitoring)
             await self._probe.close()
+            await self.freezer.close()
             await self._agent.close()
 
     # What is known.
@@ -127,7 +131,7 @@ class Supervisor:
         await driver.toggle(self, Event.PAUSE)
 
     async def resume(self) -> None:
-        """Lets the virtual CPUs run on."""
+        """Lets the virtual CPUs run on, or wakes the guest."""
         await driver.toggle(self, Event.RESUME)
 
     def open_agent(self) -> GuestAgent:
@@ -156,9 +160,9 @@ class Supervisor:
 
     # What QEMU tells (`monitor.Sink`).
 
-    def qmp_up(self, *, paused: bool, agent_open: bool) -> None:
+    def qmp_up(self, *, found: Event, agent_open: bool) -> None:
         """QEMU answers; this is how it is."""
-        self._from_qemu(lambda: self._on_qmp_up(paused=paused, agent_open=agent_open))
+        self._from_qemu(lambda: self._on_qmp_up(found, agent_open=agent_open))
 
     def qmp_down(self) -> None:
         """QEMU hung up. Whether it ended is for the helper to say."""
@@ -166,8 +170,7 @@ class Supervisor:
 
     def qmp_event(self, name: str, data: Mapping[str, object]) -> None:
         """QEMU has told an event."""
-        if name in self._EVENTS:
-            self._from_qemu(lambda: self._EVENTS[name](self, data))
+        self._from_qemu(lambda: self._on_told(name, data))
 
     def _from_qemu(self, message: Message) -> None:
         """Puts in what this run's QEMU told; the next run must not take it for its own."""
@@ -206,7 +209,7 @@ class Supervisor:
             put, compare = requests.beginning(asked.request_ids[0], replace(request, operation_id=operation.id))
             puts.append(put)
             compares.append(compare)
-        lost = _superseded(asked)
+        lost = requests.superseded(asked)
         if superseded:
             puts += await requests.ending(self.world.store, superseded, lost)
         revision = await self.world.store.transact(puts, compares)
@@ -247,7 +250,7 @@ class Supervisor:
             return  # another command has put an end to it
         instance = replace(self.instance, operation=None)
         deleted = operation.verb is Verb.DELETE and error is None
-        outcome = _failed(error) if error else Outcome(instance)
+        outcome = requests.failed(error) if error else Outcome(instance)
 
         async def puts() -> list[Put]:
             value = None if deleted else encode_instance(instance)
@@ -315,7 +318,8 @@ class Supervisor:
     async def _on_end(self, event: Event, exit_: Exit) -> None:
         await cancelled(self._monitoring)
         self._monitoring = None
-        await self._probe.set_port_open(False)
+        await self._probe.set_port_open(False, f"its machine has ended: {exit_.detail}")
+        await self.freezer.forget()
         self.ended.set()
         await self._record.save(
             replace(
@@ -333,12 +337,18 @@ class Supervisor:
         if nobody and not self._is_under_way(STARTING_VERBS):
             await self._on_event(Event.LOST)
 
-    async def _on_qmp_up(self, *, paused: bool, agent_open: bool) -> None:
-        state = self._found(Event.UNDER_CONTROL_PAUSED if paused else Event.UNDER_CONTROL)
+    async def _on_qmp_up(self, found: Event, *, agent_open: bool) -> None:
         readiness = self._record.climbed(Rung.PROCESS, Rung.QMP)
-        await self._record.save(replace(self.instance, state=state, readiness=readiness))
+        await self._record.save(replace(self.instance, state=self._found(found), readiness=readiness))
         await self._probe.set_port_open(agent_open)
         self._record.notify()
+
+    async def _on_told(self, name: str, data: Mapping[str, object]) -> None:
+        if name in self._EVENTS:
+            await self._EVENTS[name](self, data)
+        if happening := happening_of(name, data):
+            self.happened[happening] += 1
+            self._record.notify()
 
     async def _on_event(self, event: Event) -> None:
         await self._record.save(replace(self.instance, state=lifecycle.after(self.instance.state, event)))
@@ -350,14 +360,25 @@ class Supervisor:
     async def _on_port(self, data: Mapping[str, object]) -> None:
         if data.get("id") == AGENT_PORT_ID:
             # Within a second QEMU tells only the last change: one that opens an open port hides that it was closed.
-            await self._probe.set_port_open(False)
-            await self._probe.set_port_open(data.get("open") is True)
+            await self._probe.set_port_open(False, "its agent has left: it was stopped, or the guest goes down")
+            if data.get("open") is True:
+                await self._probe.set_port_open(True)
+
+    async def _on_suspend(self, _: Mapping[str, object]) -> None:
+        await self._probe.set_port_open(False, "the guest has suspended itself to memory")
+        await self._on_event(Event.SUSPEND)
+
+    async def _on_reset(self, _: Mapping[str, object]) -> None:
+        await self._probe.set_port_open(False, "the guest was reset, and its agent is not back yet")
+        await self.freezer.forget()
 
     _EVENTS: Mapping[str, Callable[[Supervisor, Mapping[str, object]], Awaitable[None]]] = {
         "STOP": lambda self, _: self._on_event(Event.PAUSE),
         "RESUME": lambda self, _: self._on_event(Event.RESUME),
+        "SUSPEND": _on_suspend,
+        "WAKEUP": lambda self, _: self._on_event(Event.RESUME),
         "SHUTDOWN": _on_shutdown,
-        "RESET": lambda self, _: self._probe.set_port_open(False),
+        "RESET": _on_reset,
         "VSERPORT_CHANGE": _on_port,
     }
     """What QEMU's events mean. https://qemu-project.gitlab.io/qemu/interop/qemu-qmp-ref.html"""
@@ -377,11 +398,3 @@ class Supervisor:
 
     def _watch_qemu(self) -> None:
         self._monitoring = self._monitoring or spawn(self.monitor.run(), f"monitor of {self.instance.name}")
-
-
-def _superseded(by: Operation) -> Outcome:
-    return _failed(Aborted(f"a {by.verb} came in between", reason="SUPERSEDED", metadata={"by": by.verb}))
-
-
-def _failed(error: VmherdError) -> Outcome:
-    return Outcome(error=json_format.MessageToJson(to_status(error), indent=None))

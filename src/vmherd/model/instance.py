@@ -103,6 +103,8 @@ class Instance:
     """When the current start was accepted, in seconds since the epoch."""
     readiness: Readiness = field(default_factory=Readiness)
     addresses: tuple[Address, ...] = ()
+    frozen_until_s: float | None = None
+    """When vmherd thaws the guest's file systems, in seconds since the epoch; None while it need not."""
     last_exit: Exit | None = None
     operation: Operation | None = None
 
@@ -116,6 +118,7 @@ def started(instance: Instance, now_s: float) -> Instance:
         accepted_at_s=now_s,
         readiness=Readiness(),
         addresses=(),
+        frozen_until_s=None,
     )
 
 

@@ -53,6 +53,12 @@ def test_what_a_guest_says_is_not_read_as_markup() -> None:
     assert "[bold]" in shown(show.instance_details(instance))
 
 
+def test_the_details_of_a_frozen_instance_say_until_when() -> None:
+    assert "frozen" not in shown(show.instance_details(Instance(name="web")))
+    frozen = Instance(name="web", frozen_until=Timestamp(seconds=int(NOW.timestamp())))
+    assert "frozen until  2030-01-02 00:00:00+00:00" in shown(show.instance_details(frozen))
+
+
 def test_the_table_has_a_line_for_each_instance() -> None:
     instance = Instance(
         name="web",

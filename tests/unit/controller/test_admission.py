@@ -23,8 +23,8 @@ def op(verb: Verb, *request_ids: str, force: bool = False) -> Operation:
     ("verb", "legal"),
     [
         (Verb.START, {State.STOPPED, State.FAILED}),
-        (Verb.STOP, {State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING}),
-        (Verb.RESTART, {State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING}),
+        (Verb.STOP, {State.STARTING, State.RUNNING, State.PAUSED, State.SUSPENDED, State.STOPPING}),
+        (Verb.RESTART, {State.STARTING, State.RUNNING, State.PAUSED, State.SUSPENDED, State.STOPPING}),
         (Verb.DELETE, {State.STOPPED, State.FAILED}),
     ],
 )

@@ -13,6 +13,7 @@ from tests.framework.fake_qmp import FakeQmp, event
 from vmherd.controller.monitor import Monitor
 from vmherd.controller.tasks import cancelled
 from vmherd.model.errors import Aborted, Unavailable
+from vmherd.model.lifecycle import Event
 
 pytestmark = pytest.mark.anyio
 DEADLINE_S = 5.0
@@ -25,8 +26,8 @@ class Heard:
     def __init__(self) -> None:
         self.news: asyncio.Queue[object] = asyncio.Queue()
 
-    def qmp_up(self, *, paused: bool, agent_open: bool) -> None:
-        self.news.put_nowait(("up", paused, agent_open))
+    def qmp_up(self, *, found: Event, agent_open: bool) -> None:
+        self.news.put_nowait(("up", found, agent_open))
 
     def qmp_down(self) -> None:
         self.news.put_nowait("down")
@@ -65,7 +66,7 @@ async def test_it_comes_up_as_soon_as_there_is_a_socket_and_again_after_a_loss(
     assert not monitor.up
     async with FakeQmp(socket, {"query-chardev": [{"label": "qga0", "frontend-open": True}]}) as qemu:
         for _ in range(2):
-            assert await heard.next() == ("up", False, True)
+            assert await heard.next() == ("up", Event.UNDER_CONTROL, True)
             assert monitor.up
             qemu.hang_up()
             assert await heard.next() == "down"
@@ -80,18 +81,29 @@ async def test_an_event_does_not_overtake_the_state_that_was_asked_for(socket: P
             super().say(message)
 
     async with Hasty(socket, {"query-status": {"running": False}}):
-        assert await heard.next() == ("up", True, False)
+        assert await heard.next() == ("up", Event.UNDER_CONTROL_PAUSED, False)
         assert await heard.next() == ("SHUTDOWN", "guest-panic")
 
 
 async def test_once_qemu_hung_up_its_last_words_were_told(monitor: Monitor, socket: Path, heard: Heard) -> None:
     async with FakeQmp(socket) as qemu:
-        assert await heard.next() == ("up", False, False)
+        assert await heard.next() == ("up", Event.UNDER_CONTROL, False)
         qemu.say(PANIC)
         qemu.hang_up()
         await monitor.hung_up()
         assert heard.news.get_nowait() == ("SHUTDOWN", "guest-panic")
         assert heard.news.get_nowait() == "down"
+
+
+async def test_a_guest_that_sleeps_is_told_from_one_that_is_paused(
+    monitor: Monitor, socket: Path, heard: Heard
+) -> None:
+    status = {"running": False, "status": "suspended"}
+    async with FakeQmp(socket, {"query-status": status}):
+        assert await heard.next() == ("up", Event.UNDER_CONTROL_SUSPENDED, False)
+        assert await monitor.suspended()
+        status["status"] = "paused"
+        assert not await monitor.suspended()
 
 
 async def test_what_a_command_can_come_to(monitor: Monitor, socket: Path, heard: Heard) -> None:

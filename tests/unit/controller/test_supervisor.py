@@ -3,84 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.framework.fake_agent import FakeAgent
+from tests.framework.fake_agent import FakeAgent, Held
 from tests.framework.fake_qmp import FakeQmp, event
-from vmherd.controller.helper import Helper, Process
-from vmherd.controller.store import SqliteStore
-from vmherd.controller.supervisor import Supervisor
-from vmherd.controller.tasks import cancelled
+from tests.unit.controller.conftest import (
+    AGENT_OPENS,
+    ALIVE,
+    DEADLINE_S,
+    ENDED,
+    RUNNING,
+    STARTING,
+    reached,
+    supervising,
+    with_agent,
+)
 from vmherd.controller.world import World
-from vmherd.image.registry import ImageRegistry
-from vmherd.model.instance import Cause, Hardware, Instance, Operation, Verb, started
-from vmherd.model.layout import InstanceRun, RunDirectory, StateDirectory
+from vmherd.guest_agent import AgentNotRunning
+from vmherd.model.errors import FailedPrecondition
+from vmherd.model.instance import Cause
+from vmherd.model.layout import InstanceRun
 from vmherd.model.lifecycle import State
 from vmherd.model.readiness import Rung
-from vmherd.rpc.channel import open_channel
 
 pytestmark = pytest.mark.anyio
-DEADLINE_S = 5.0
-UID = "6b6a2c52-93f5-4a6c-8d3e-7f1f1c7f6f01"
-STOPPED = Instance("web", UID, "idle", Hardware(1, 32), {}, 0.0)
-STARTING = replace(started(STOPPED, 1.0), operation=Operation("op", Verb.LAUNCH))
-RUNNING = replace(STARTING, state=State.RUNNING, operation=None)
-ALIVE = Process(UID, 1, pid=42)
-ENDED = replace(ALIVE, ended_at_s=2.0, exit_code=0)
-AGENT_OPENS = event("VSERPORT_CHANGE", id="agent0", open=True)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="s-") as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def run(directory: Path) -> InstanceRun:
-    """Where the instance's sockets are."""
-    run = RunDirectory(directory).instance(UID)
-    run.path.mkdir(parents=True)
-    return run
-
-
-@pytest.fixture
-async def world(directory: Path) -> AsyncIterator[World]:
-    state = StateDirectory(directory / "state")
-    image = state.images / "idle"
-    image.mkdir(parents=True)
-    for name in ("kernel", "initramfs"):
-        (image / name).touch()
-    description = {"version": "1", "command_line": "", "default_cpus": 1, "default_memory_mib": 32}
-    (image / "image.json").write_text(json.dumps(description))
-    store = SqliteStore(state.store)
-    nobody = directory / "no-helper.sock"
-    async with open_channel(nobody) as channel:
-        yield World(
-            store, Helper(channel, str(nobody)), ImageRegistry(state.images), RunDirectory(directory), state, 1.0
-        )
-    await store.close()
-
-
-@asynccontextmanager
-async def supervising(world: World, instance: Instance) -> AsyncIterator[Supervisor]:
-    supervisor = Supervisor(world, instance, 0)
-    running = asyncio.create_task(supervisor.run())
-    async with asyncio.timeout(DEADLINE_S):
-        yield supervisor
-    await cancelled(running)
-    assert running.cancelled()
-
-
-def reached(supervisor: Supervisor, rung: Rung) -> bool:
-    return supervisor.instance.readiness.reached == rung
 
 
 async def test_the_control_socket_is_the_helpers_until_it_has_answered_the_start(
@@ -160,3 +108,73 @@ async def test_news_of_another_start_are_no_news(world: World) -> None:
             supervisor.process_seen(replace(ENDED, generation=generation))
             await changed.wait()
         assert supervisor.instance == before
+
+
+async def test_a_guest_that_sleeps_is_shown_and_asked_nothing_until_it_wakes(world: World, run: InstanceRun) -> None:
+    async with with_agent(world, run) as (supervisor, qemu, _):
+        qemu.say(event("SUSPEND"))
+        await supervisor.until(lambda: supervisor.instance.state is State.SUSPENDED)
+        assert reached(supervisor, Rung.QMP)
+        with pytest.raises(FailedPrecondition, match="it is SUSPENDED"):
+            supervisor.open_agent()
+        with pytest.raises(FailedPrecondition, match="cannot pause 'web': it is SUSPENDED"):
+            await supervisor.pause()
+        qemu.events["system_wakeup"] = event("WAKEUP")
+        await supervisor.resume()
+        assert supervisor.instance.state is State.RUNNING
+        assert qemu.asked[-1] == "system_wakeup"
+        qemu.say(AGENT_OPENS)
+        await supervisor.until(lambda: reached(supervisor, Rung.AGENT))
+
+
+async def test_a_new_controller_finds_a_guest_that_sleeps(world: World, run: InstanceRun) -> None:
+    suspended = {"query-status": {"running": False, "status": "suspended"}}
+    async with supervising(world, RUNNING) as supervisor, FakeQmp(run.qmp, suspended):
+        await supervisor.until(lambda: supervisor.instance.state is State.SUSPENDED)
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (event("RESET", guest=True, reason="guest-reset"), "the guest was reset"),
+        (event("SUSPEND"), "the guest has suspended itself to memory"),
+        (event("VSERPORT_CHANGE", id="agent0", open=False), "its agent has left"),
+    ],
+    ids=["reset", "suspend", "agent-left"],
+)
+async def test_a_call_ends_with_what_ended_it(
+    world: World, run: InstanceRun, what: dict[str, object], why: str
+) -> None:
+    async with with_agent(world, run) as (supervisor, qemu, agent):
+        agent.answers["guest-get-time"] = held = Held()
+        calling = asyncio.create_task(supervisor.open_agent().execute("guest-get-time", timeout_s=DEADLINE_S))
+        await held.received.wait()
+        qemu.say(what)
+        with pytest.raises(AgentNotRunning, match=f"{why}.*; outcome unknown"):
+            await calling
+
+
+async def test_a_call_ends_with_its_machine(world: World, run: InstanceRun) -> None:
+    async with with_agent(world, run) as (supervisor, qemu, agent):
+        agent.answers["guest-get-time"] = held = Held()
+        calling = asyncio.create_task(supervisor.open_agent().execute("guest-get-time", timeout_s=DEADLINE_S))
+        await held.received.wait()
+        qemu.hang_up()
+        supervisor.process_seen(ENDED)
+        with pytest.raises(AgentNotRunning, match=r"its machine has ended: .*; outcome unknown"):
+            await calling
+
+
+async def test_a_call_outlasts_a_pause(world: World, run: InstanceRun) -> None:
+    async with with_agent(world, run) as (supervisor, qemu, agent):
+        agent.answers["guest-get-time"] = held = Held()
+        calling = asyncio.create_task(supervisor.open_agent().execute("guest-get-time", timeout_s=DEADLINE_S))
+        await held.received.wait()
+        qemu.say(event("STOP"))
+        await supervisor.until(lambda: supervisor.instance.state is State.PAUSED)
+        with pytest.raises(FailedPrecondition, match="it is PAUSED"):
+            supervisor.open_agent()
+        qemu.say(event("RESUME"))
+        await supervisor.until(lambda: supervisor.instance.state is State.RUNNING)
+        held.release.set()
+        assert await calling == "held"

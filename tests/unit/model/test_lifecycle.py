@@ -34,6 +34,19 @@ def test_unknown_is_never_dead() -> None:
 
 def test_legal_states() -> None:
     assert legal_states(Event.START) == {State.STOPPED, State.FAILED}
-    assert legal_states(Event.STOP) == {State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING}
+    assert legal_states(Event.STOP) == {
+        State.STARTING,
+        State.RUNNING,
+        State.PAUSED,
+        State.SUSPENDED,
+        State.STOPPING,
+    }
     assert legal_states(Event.PAUSE) == {State.RUNNING}
-    assert legal_states(Event.RESUME) == {State.PAUSED}
+    assert legal_states(Event.RESUME) == {State.PAUSED, State.SUSPENDED}
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.RUNNING, State.PAUSED, State.SUSPENDED, State.UNKNOWN])
+def test_what_qemu_says_of_itself_holds(state: State) -> None:
+    assert after(state, Event.UNDER_CONTROL) is State.RUNNING
+    assert after(state, Event.UNDER_CONTROL_PAUSED) is State.PAUSED
+    assert after(state, Event.UNDER_CONTROL_SUSPENDED) is State.SUSPENDED

@@ -32,6 +32,8 @@ from vmherd.controller.store import SqliteStore
 from vmherd.model.errors import VmherdError
 
 HOST_MEMORY_MIB = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+STARTING = ("/run", "/run/stream", "/processes")
+"""The ends of routes that start a command, which they want to be given."""
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_an_instance_that_is_not_there_on_every_route(herd: HerdUnderTest, name:
     routes = [(method, path) for path, methods in paths.items() if "{name}" in path for method in methods]
     assert len(routes) >= 14
     for method, path in routes:
-        body = {"json": {"command": ["true"]} if path.endswith("/run") else {}} if method == "post" else {}
+        body = {"json": {"command": ["true"]} if path.endswith(STARTING) else {}} if method == "post" else {}
         response = herd.http.request(method, path.replace("{name}", name), **body)
         refused(response, 404, "NOT_FOUND", "INSTANCE_NOT_FOUND", f"no instance is called '{shown[:700]}")
 

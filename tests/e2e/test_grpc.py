@@ -33,6 +33,8 @@ from vmherd.rpc.status import status_of
 
 CONTROLLER = "vmherd.api.v1.ControllerService"
 GUEST = "vmherd.api.v1.GuestService"
+PROCESS = "vmherd.api.v1.ProcessService"
+FILE = "vmherd.api.v1.FileService"
 CALL_TIMEOUT_S = 10.0
 
 
@@ -101,7 +103,7 @@ def error_of(call: Callable[[], Any]) -> tuple[grpc.StatusCode, dict[str, Any]]:
 
 def test_it_is_healthy(channel: grpc.Channel) -> None:
     health = HealthStub(channel)
-    for service in ("", CONTROLLER, GUEST):
+    for service in ("", CONTROLLER, GUEST, PROCESS, FILE):
         answer = health.Check(HealthCheckRequest(service=service), timeout=CALL_TIMEOUT_S)
         assert answer.status == HealthCheckResponse.SERVING
     code, _ = error_of(partial(health.Check, HealthCheckRequest(service="nosuch"), timeout=CALL_TIMEOUT_S))
@@ -113,6 +115,8 @@ def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
     assert set(services) == {
         CONTROLLER,
         GUEST,
+        PROCESS,
+        FILE,
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
@@ -148,7 +152,7 @@ def test_tcp_needs_the_token(herd: HerdUnderTest, shown: str) -> None:
             (CONTROLLER, "Launch", {"name": "web", "image": "idle"}),
             (CONTROLLER, "Delete", {"name": "idle", "force": True}),
             (CONTROLLER, "Watch", {}),
-            (GUEST, "Run", {"name": "idle", "command": ["true"]}),
+            (PROCESS, "Run", {"name": "idle", "command": ["true"]}),
         ):
             code, status = error_of(partial(stranger.call, service, name, fields, metadata=metadata))
             assert code is grpc.StatusCode.UNAUTHENTICATED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, process_pb2, process_pb2_grpc
+from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, file_pb2, file_pb2_grpc, process_pb2, process_pb2_grpc
 from vmherd.api.v1.controller_pb2 import ListResponse, PlanResponse, WaitResponse, WatchResponse
 from vmherd.api.v1.instance_pb2 import Address, Exit, Hardware, Instance, Readiness
-from vmherd.model.errors import VmherdError, illegal_transition, instance_not_found, name_taken
+from vmherd.api.v1.process_pb2 import ExecRequest, ListProcessesResponse, Process, ProcessEvent
+from vmherd.model.errors import NotFound, VmherdError, illegal_transition, instance_not_found, name_taken
 from vmherd.rpc.serving import serving
 
 START_TIMEOUT_S = 10.0
@@ -38,6 +40,15 @@ class FakeController:
         self.errors: dict[str, VmherdError] = {}
         """By the name of the request's message: what the call is answered with."""
         self.run_answer = process_pb2.RunResponse()
+        self.events: list[ProcessEvent] = []
+        """What Exec and FollowProcess are answered with."""
+        self.told: list[ExecRequest] = []
+        """What Exec was told after the command."""
+        self.processes: dict[str, Process] = {}
+        self.holds_exec = False
+        self.files: dict[str, bytes | None] = {"/": None}
+        """The files of every guest by their paths; None is a folder."""
+        self.file_notice = ""
         self.launch_state = Instance.RUNNING
         self.page_size_max = 1000
         self.holds_waits = False
@@ -164,6 +175,85 @@ class _Processes(process_pb2_grpc.ProcessServiceServicer):
         self._fake.named(request.name)
         return self._fake.run_answer
 
+    async def Exec(self, request_iterator: Any, context: Any) -> AsyncIterator[ProcessEvent]:
+        """Gives the events that a test wants; with `holds_exec` the last one after the end of the input, or `end`."""
+        requests = aiter(request_iterator)
+        first = await anext(requests)
+        self._fake.received(first.run)
+        self._fake.named(first.run.name)
+        *events, last = self._fake.events or [ProcessEvent(process=Process(state=Process.EXITED))]
+        for event in events:
+            yield event
+        if first.input_follows or self._fake.holds_exec:
+            async for request in requests:
+                self._fake.told.append(request)
+                if request.HasField("end") or request == ExecRequest(input=b""):
+                    break
+        yield last
+
+    async def StartProcess(self, request: Any, context: Any) -> Process:
+        self._fake.received(request)
+        self._fake.named(request.name)
+        process = Process(id=f"{len(self._fake.processes):08x}", pid=42, command=request.command, state=Process.RUNNING)
+        self._fake.processes[process.id] = process
+        return process
+
+    async def ListProcesses(self, request: Any, context: Any) -> ListProcessesResponse:
+        self._fake.received(request)
+        self._fake.named(request.name)
+        ids = sorted(process_id for process_id in self._fake.processes if process_id > request.page_token)
+        size = min(request.page_size, self._fake.page_size_max)
+        page = [self._fake.processes[process_id] for process_id in ids[:size]]
+        return ListProcessesResponse(processes=page, next_page_token=ids[size - 1] if len(ids) > size else "")
+
+    async def FollowProcess(self, request: Any, context: Any) -> AsyncIterator[ProcessEvent]:
+        self._fake.received(request)
+        yield ProcessEvent(process=self._fake.processes[request.id])
+        for event in self._fake.events:
+            yield event
+
+    async def SignalProcess(self, request: Any, context: Any) -> Process:
+        self._fake.received(request)
+        return self._fake.processes[request.id]
+
+    async def DeleteProcess(self, request: Any, context: Any) -> Empty:
+        self._fake.received(request)
+        del self._fake.processes[request.id]
+        return Empty()
+
+
+class _Files(file_pb2_grpc.FileServiceServicer):
+    def __init__(self, fake: FakeController) -> None:
+        self._fake = fake
+
+    async def ReadFile(self, request: Any, context: Any) -> AsyncIterator[file_pb2.ReadFileResponse]:
+        self._fake.received(request)
+        self._fake.named(request.name)
+        if request.path not in self._fake.files:
+            raise NotFound(f"{request.path}: No such file or directory", reason="GUEST_FILE_NOT_FOUND")
+        data = self._fake.files[request.path]
+        yield file_pb2.ReadFileResponse(
+            description=file_pb2.FileDescription(path=request.path, is_folder=data is None, mode=0o640)
+        )
+        if not request.describe_only:
+            yield file_pb2.ReadFileResponse(data=data or b"")
+            yield file_pb2.ReadFileResponse(digest=self._digest(data or b""))
+
+    async def WriteFile(self, request_iterator: Any, context: Any) -> file_pb2.WriteFileResponse:
+        header = (await anext(request_iterator)).header
+        self._fake.received(header)
+        self._fake.named(header.name)
+        data = b""
+        async for request in request_iterator:
+            data += request.data
+            if request.end:
+                self._fake.files[header.path] = data
+        return file_pb2.WriteFileResponse(path=header.path, digest=self._digest(data))
+
+    def _digest(self, data: bytes) -> file_pb2.FileDigest:
+        sha256 = hashlib.sha256(data).hexdigest()
+        return file_pb2.FileDigest(size_bytes=len(data), sha256=sha256, verified=True, notice=self._fake.file_notice)
+
 
 @contextmanager
 def fake_controller(socket: Path) -> Iterator[FakeController]:
@@ -175,6 +265,9 @@ def fake_controller(socket: Path) -> Iterator[FakeController]:
         ),
         process_pb2.DESCRIPTOR.services_by_name["ProcessService"].full_name: partial(
             process_pb2_grpc.add_ProcessServiceServicer_to_server, _Processes(fake)
+        ),
+        file_pb2.DESCRIPTOR.services_by_name["FileService"].full_name: partial(
+            file_pb2_grpc.add_FileServiceServicer_to_server, _Files(fake)
         ),
     }
     is_up = threading.Event()

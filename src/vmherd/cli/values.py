@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from datetime import timedelta
 
 import typer
@@ -26,3 +27,15 @@ def duration(seconds: float | None) -> Duration | None:
     message = Duration()
     message.FromTimedelta(timedelta(seconds=seconds))
     return message
+
+
+def signal_number(text: str, option: str) -> int:
+    """The number of a signal given as a number or a name, with or without SIG."""
+    name = text.upper()
+    known = signal.Signals.__members__
+    found = known.get(name) or known.get(f"SIG{name}")
+    if found:
+        return found
+    if name.isdecimal():
+        return int(name)
+    raise typer.BadParameter(f"{option} wants a signal such as TERM or 15, got {text!r}")

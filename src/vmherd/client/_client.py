@@ -62,22 +62,39 @@ class Client:
         self.close()
 
 
-class _RaisesVmherdErrors(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class _RaisesVmherdErrors(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
-        call = continuation(client_call_details, request)
-        if (error := call.exception()) is not None:
-            raise self._translated(error) from error
-        return call
+        return self._answer(continuation(client_call_details, request))
+
+    def intercept_stream_unary(
+        self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        return self._answer(continuation(client_call_details, request_iterator))
 
     def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
         return self._answers(continuation(client_call_details, request))
+
+    def intercept_stream_stream(
+        self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request_iterator: Any
+    ) -> Any:
+        return self._answers(continuation(client_call_details, request_iterator))
+
+    def _answer(self, call: Any) -> Any:
+        if (error := call.exception()) is not None:
+            raise self._translated(error) from error
+        return call
 
     def _answers(self, call: Any) -> Iterator[Any]:
         try:

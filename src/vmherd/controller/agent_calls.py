@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from vmherd import guest_agent
-from vmherd.guest_agent import AgentError
+from vmherd.guest_agent import AgentError, file_errors
 from vmherd.model import errors
 from vmherd.model.errors import VmherdError
 
@@ -26,16 +26,30 @@ ERRORS: dict[type[AgentError], tuple[type[VmherdError], str]] = {
     guest_agent.CommandUnavailable: (errors.Unimplemented, "AGENT_COMMAND_UNAVAILABLE"),
     guest_agent.AgentFrozen: (errors.FailedPrecondition, "AGENT_FROZEN"),
     guest_agent.CommandFailed: (errors.Aborted, "AGENT_COMMAND_FAILED"),
+    guest_agent.CommandTimedOut: (errors.DeadlineExceeded, "COMMAND_TIMED_OUT"),
     guest_agent.CommandUnfinished: (errors.DeadlineExceeded, "COMMAND_UNFINISHED"),
     guest_agent.ProtocolError: (errors.Aborted, "AGENT_REPLY_MALFORMED"),
+    file_errors.FileMissing: (errors.NotFound, "GUEST_FILE_NOT_FOUND"),
+    file_errors.FileForbidden: (errors.PermissionDenied, "GUEST_FILE_FORBIDDEN"),
+    file_errors.FileUnsuitable: (errors.FailedPrecondition, "GUEST_FILE_UNSUITABLE"),
+    file_errors.GuestFull: (errors.ResourceExhausted, "GUEST_FULL"),
+    file_errors.FileChanged: (errors.Aborted, "GUEST_FILE_CHANGED"),
 }
+
+HINTS: dict[type[AgentError], str] = {
+    # The agent of QEMU 7.2, for one, calls disabled also what its build or the guest's system cannot do.
+    guest_agent.CommandDisabled: "whoever configured the agent forbids it, or its system cannot do it",
+    guest_agent.AgentFrozen: "thaw the guest's file systems first",
+}
+"""What to make of an error whose text is the agent's own."""
 
 
 def to_vmherd_error(error: AgentError, name: str) -> VmherdError:
     """An agent's error as one of vmherd's; `metadata` has the fields that it carries."""
     kind, reason = next(ERRORS[base] for base in type(error).__mro__ if base in ERRORS)
     fields = {key: value for key, value in vars(error).items() if not key.startswith("_")}
-    return kind(f"{name!r}: {error}", reason=reason, metadata={"name": name, **fields})
+    hint = f"; {HINTS[type(error)]}" if type(error) in HINTS else ""
+    return kind(f"{name!r}: {error}{hint}", reason=reason, metadata={"name": name, **fields})
 
 
 def time_left_s(context: Context, default_s: float) -> float:

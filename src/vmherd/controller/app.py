@@ -22,6 +22,7 @@ from vmherd.api.v1 import (
     process_pb2,
     process_pb2_grpc,
 )
+from vmherd.controller.detached import Detached
 from vmherd.controller.files import FileServicer
 from vmherd.controller.guest import GuestServicer
 from vmherd.controller.helper import Helper
@@ -68,6 +69,9 @@ async def run(settings: ControllerSettings) -> None:
         herd = Herd(world)
         stack.push_async_callback(herd.close)
         await herd.open()
+        detached = Detached(store)
+        stack.push_async_callback(detached.close)
+        await detached.open(herd.supervisors)
         guest = GuestServicer(herd, _seconds(settings, "agent_timeout", AGENT_TIMEOUT_DEFAULT_S))
         services = {
             controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name: lambda server: (
@@ -79,7 +83,7 @@ async def run(settings: ControllerSettings) -> None:
                 )
             ),
             process_pb2.DESCRIPTOR.services_by_name["ProcessService"].full_name: lambda server: (
-                process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessServicer(herd), server)
+                process_pb2_grpc.add_ProcessServiceServicer_to_server(ProcessServicer(herd, detached), server)
             ),
             file_pb2.DESCRIPTOR.services_by_name["FileService"].full_name: lambda server: (
                 file_pb2_grpc.add_FileServiceServicer_to_server(FileServicer(herd), server)

@@ -1,4 +1,4 @@
-"""An asyncio client for the QEMU guest agent: give it a socket path.
+"""An asyncio client for the QEMU guest agent: give it the address of its socket.
 
 ::
 
@@ -12,8 +12,8 @@ what can go wrong.
 
 from __future__ import annotations
 
+from vmherd.guest_agent.address import Address, TcpAddress, UnixAddress, parse_address
 from vmherd.guest_agent.agent import AgentInfo, CommandInfo, GuestAgent
-from vmherd.guest_agent.command import CommandResult, run
 from vmherd.guest_agent.errors import (
     AgentError,
     AgentFrozen,
@@ -25,15 +25,25 @@ from vmherd.guest_agent.errors import (
     CommandDisabled,
     CommandFailed,
     CommandNotFound,
+    CommandTimedOut,
     CommandUnavailable,
     CommandUnfinished,
     ProtocolError,
 )
+from vmherd.guest_agent.process import NoLiveOutput, Process, boot_id_of, open_process, run, start_process
+from vmherd.guest_agent.programs import CommandResult
+from vmherd.guest_agent.proxy import Proxy, listening
+from vmherd.guest_agent.spool import Output, Stream, follow
 
 # The names are in the order of their importance.
 __all__ = [  # noqa: RUF022
     "GuestAgent",
     "run",
+    "open_process",
+    "start_process",
+    "Process",
+    "follow",
+    "boot_id_of",
     "AgentError",
     "AgentUnavailable",
     "AgentNotConfigured",
@@ -45,9 +55,19 @@ __all__ = [  # noqa: RUF022
     "CommandDisabled",
     "AgentFrozen",
     "CommandFailed",
+    "CommandTimedOut",
     "CommandUnfinished",
     "ProtocolError",
+    "NoLiveOutput",
     "CommandResult",
+    "Output",
+    "Stream",
     "AgentInfo",
     "CommandInfo",
+    "Address",
+    "UnixAddress",
+    "TcpAddress",
+    "parse_address",
+    "Proxy",
+    "listening",
 ]

@@ -10,15 +10,17 @@ before the answer to the new synchronization.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import secrets
 import socket
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
+from vmherd.guest_agent.address import Address, TcpAddress, UnixAddress, address_of
 from vmherd.guest_agent.errors import (
     AgentError,
     AgentNotConfigured,
@@ -27,18 +29,20 @@ from vmherd.guest_agent.errors import (
     AgentUnresponsive,
     ProtocolError,
 )
+from vmherd.guest_agent.reading import ReplyReader, SyncReader
 from vmherd.guest_agent.wire import (
+    MAX_PLAIN_BYTES,
     Failure,
-    LineDecoder,
     MalformedReply,
     Reply,
     encode_request,
     encode_sync,
-    is_sync_reply,
-    parse_reply,
+    max_reply_bytes,
 )
 
 E = TypeVar("E", bound=AgentError)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 _READ_BYTES = 128 << 10
 _FULL_QUEUE_PAUSE_S = 0.02
@@ -48,184 +52,303 @@ class _Stage(Enum):
     """How far a call has come, in the words for a caller whose deadline passes there."""
 
     QUEUED = "earlier calls were not finished"
-    CONNECTING = "too many clients wait at the socket"
+    CONNECTING = "nothing takes the connection, or too many clients wait for theirs"
     SYNCING = "nothing answers: no agent runs in the guest, or it hangs, or another client holds the socket"
     SENT = "the agent did not reply"
     ANSWERED = "the reply came"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Call:
     command: str
-    id: int
-    started: float
+    started_s: float
     stage: _Stage = _Stage.QUEUED
 
     def error(self, kind: type[E], message: str) -> E:
         return kind(
             f"{self.command}: {message}",
             command=self.command,
-            elapsed_s=asyncio.get_running_loop().time() - self.started,
+            elapsed_s=asyncio.get_running_loop().time() - self.started_s,
             outcome_unknown=self.stage is _Stage.SENT,
         )
 
 
-class _Connection:
-    """One connection to the socket, from the first byte to the last."""
+class _PortClosed(Exception):
+    """The guest does not hold its end of the channel open; the text says why."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decoder: LineDecoder) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._decoder = decoder
-        self._lines: deque[bytes] = deque()
+
+class _Late(Exception):
+    """The deadline passed."""
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout_at(deadline_s) as timeout:
+            yield
+    except TimeoutError as error:
+        if timeout.expired():
+            raise _Late from error
+        raise  # the operating system's, for a host that does not answer
+
+
+class _Reader(Protocol[T_co]):
+    """Finds what is waited for in the bytes that come; `has_rest` tells that more came with it."""
+
+    has_rest: bool
+
+    def feed(self, data: bytes) -> T_co | None: ...
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One connection to the socket, from the first byte to the last.
+
+    It is in step while the next byte from the agent belongs to the answer to what is sent next.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._transport: asyncio.Transport
+        self._reader: _Reader[Any]
+        self._found: asyncio.Future[Any] | None = None
+        self._deadline_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self.lost: Exception | None = None
+        self.closed: asyncio.Future[None] = self._loop.create_future()
         self.in_step = False
 
     @classmethod
-    async def open(cls, path: str, max_reply_bytes: int) -> _Connection:
-        sock = socket.socket(socket.AF_UNIX)
+    async def open(cls, address: Address) -> _Connection:
+        loop = asyncio.get_running_loop()
+        match address:
+            case TcpAddress(host, port):  # asyncio sets TCP_NODELAY
+                return (await loop.create_connection(cls, host, port))[1]
+            case UnixAddress(path):
+                sock = socket.socket(socket.AF_UNIX)
+                try:
+                    sock.setblocking(False)
+                    # A unix socket connects at once or not at all. asyncio takes the EAGAIN of a full backlog for "in
+                    # progress" and then for success: https://man7.org/linux/man-pages/man2/connect.2.html
+                    sock.connect(path)
+                except OSError:
+                    sock.close()
+                    raise
+                return (await loop.create_unix_connection(cls, sock=sock))[1]
+
+    async def exchange(self, data: bytes, reader: _Reader[T], deadline_s: float) -> T:
+        """Send this and give what the reader finds in what comes back.
+
+        Raises _Late, what the connection is lost by, and what the reader raises. It must not be lost already.
+        """
+        self._reader = reader
+        self._found = self._loop.create_future()
+        self._deadline_s = deadline_s
+        if self._timer is None or self._timer.when() > deadline_s:
+            self._set_timer()
+        self._transport.write(data)
         try:
-            sock.setblocking(False)
-            # A unix socket connects at once or not at all. asyncio takes the EAGAIN of a full backlog for "in
-            # progress" and then for success: https://man7.org/linux/man-pages/man2/connect.2.html
-            sock.connect(path)
-        except OSError:
-            sock.close()
-            raise
-        reader, writer = await asyncio.open_unix_connection(sock=sock)
-        return cls(reader, writer, LineDecoder(max_reply_bytes))
+            result: T = await self._found
+        finally:
+            self._found = None
+        return result
 
-    @property
-    def ended(self) -> bool:
-        return self._reader.at_eof() or self._reader.exception() is not None
-
-    async def write(self, data: bytes) -> None:
-        self._writer.write(data)
-        await self._writer.drain()
-
-    async def read_line(self) -> bytes:
-        while not self._lines:
-            data = await self._reader.read(_READ_BYTES)
-            if not data:
-                raise EOFError("the connection was closed")
-            self._lines.extend(self._decoder.feed(data))
-        return self._lines.popleft()
-
-    def abort(self) -> None:
+    def abort(self, reason: Exception) -> None:
         # A plain close would first send what is still to be written.
-        self._writer.transport.abort()
+        self._transport.abort()
+        self._lose(reason)
 
-    async def wait_closed(self) -> None:
-        await self._writer.wait_closed()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, _: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, size_bytes: int) -> None:
+        if self._found is None or self._found.done():
+            self.abort(EOFError("the agent sent what nobody asked for"))
+            return
+        try:
+            result = self._reader.feed(bytes(self._buffer[:size_bytes]))
+        except MalformedReply as error:
+            self._found.set_exception(error)
+            return
+        if result is not None:
+            self.in_step = not self._reader.has_rest
+            self._found.set_result(result)
+
+    def connection_lost(self, reason: Exception | None) -> None:
+        self._lose(reason or EOFError("the connection was closed"))
+        self.closed.set_result(None)
+
+    def _lose(self, reason: Exception) -> None:
+        self.lost = self.lost or reason
+        self._fail(self.lost)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set_timer(self) -> None:
+        """Wake up at the deadline. One timer outlasts many calls, for setting one costs as much as parsing a reply."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._deadline_s, self._look_at_the_clock)
+
+    def _look_at_the_clock(self) -> None:
+        self._timer = None
+        if self._found is None:
+            return
+        if self._loop.time() < self._deadline_s:
+            self._set_timer()
+        else:
+            self._fail(_Late())
+
+    def _fail(self, reason: Exception) -> None:
+        if self._found is not None and not self._found.done():
+            self._found.set_exception(reason)
 
 
 class Channel:
-    """Calls an agent through the socket at `path`, for as many callers as there are."""
+    """Calls an agent at an address, for as many callers as there are."""
 
-    def __init__(self, path: str, *, max_reply_bytes: int) -> None:
-        self._path = path
-        self._max_reply_bytes = max_reply_bytes
+    def __init__(self, address: str | os.PathLike[str] | Address) -> None:
+        self._address = address_of(address)
         self._connection: _Connection | None = None
         self._turn = asyncio.Lock()  # first come, first served
-        self._port_open: bool | None = None
+        self._port_closed: _PortClosed | None = None
         self._closed = False
+        self._session = 0
+        self._callers = 0
         # A random start keeps the late reply to an earlier client from being taken for ours.
         self._ids = itertools.count(secrets.randbits(62))
+
+    @property
+    def session(self) -> int:
+        """A number that changes when a connection ends and when the guest's end opens or closes.
+
+        While it stays the same, the same agent answers.
+        """
+        return self._session
 
     async def call(self, command: str, arguments: Mapping[str, object] | None, *, timeout_s: float) -> Reply:
         """Send a command and give the agent's reply; the deadline covers the whole way.
 
-        Raises AgentUnavailable and its kinds, ProtocolError, and what `encode_request` raises.
+        Raises AgentUnavailable and its kinds, ProtocolError, and what `encode_request` and `max_reply_bytes` raise.
         """
-        call = _Call(command, next(self._ids), started=asyncio.get_running_loop().time())
-        request = encode_request(command, arguments, call.id)
-        try:
-            if timeout_s <= 0:
-                # asyncio.timeout() would let the request out before it looks at the clock.
-                raise TimeoutError
-            async with asyncio.timeout(timeout_s), self._turn:
-                return await self._exchange(call, request)
-        except TimeoutError as error:
-            raise call.error(AgentUnresponsive, f"{timeout_s:.3g} s were not enough: {call.stage.value}") from error
+        request_id = next(self._ids)
+        request = encode_request(command, arguments, request_id)
+        return await self._in_turn(command, request, (request_id,), max_reply_bytes(command, arguments), timeout_s)
 
-    def set_port_open(self, port_open: bool | None) -> None:
-        """Take note of whether the guest holds its end open; if not, calls fail now and not at their deadline."""
-        self._port_open = port_open
+    async def send(self, command: str, arguments: Mapping[str, object] | None, *, timeout_s: float) -> Failure | None:
+        """Send a command that the agent answers only if it fails; give the failure, or None once the agent took it.
+
+        A ping goes out behind the command: its answer with nothing before it means that the command did not fail.
+        Raises what `call` raises; with `outcome_unknown` the agent may have carried out the command and be gone.
+        """
+        request_id, ping_id = next(self._ids), next(self._ids)
+        requests = encode_request(command, arguments, request_id) + encode_request("guest-ping", None, ping_id)
+        reply = await self._in_turn(command, requests, (request_id, ping_id), MAX_PLAIN_BYTES, timeout_s)
+        return reply if isinstance(reply, Failure) and reply.id != ping_id else None
+
+    def set_port_open(self, port_open: bool | None, why: str = "") -> None:
+        """Take note of whether the guest holds its end open; if not, calls fail now and not at their deadline.
+
+        `why` is for their callers: it says what closed it.
+        """
+        self._session += 1
+        self._port_closed = None
         if port_open is False:
-            self._drop()
+            self._port_closed = _PortClosed(why or "no agent in the guest holds its end of the channel open")
+            self._drop(self._port_closed)
 
     async def close(self) -> None:
         """Close the connection; calls on their way, and later ones, raise AgentNotConnected."""
         self._closed = True
         connection = self._connection
-        self._drop()
+        self._drop(EOFError("this client was closed"))
         if connection is not None:
-            await connection.wait_closed()
+            await connection.closed
 
-    async def _exchange(self, call: _Call, request: bytes) -> Reply:
+    async def _in_turn(
+        self, command: str, request: bytes, ids: Sequence[int], max_bytes: int, timeout_s: float
+    ) -> Reply:
+        """Send a request, or several, and give the first reply once the last has its own."""
+        call = _Call(command, started_s=asyncio.get_running_loop().time())
+        reader = ReplyReader(ids, max_bytes)
+        deadline_s = call.started_s + timeout_s
+        self._callers += 1
         try:
-            connection = await self._connect(call)
+            if timeout_s <= 0:
+                raise _Late  # before anything is sent
+            if self._callers == 1:
+                await self._turn.acquire()  # nobody has it
+            else:
+                async with _until(deadline_s):
+                    await self._turn.acquire()
+            try:
+                return await self._exchange(call, request, reader, deadline_s)
+            finally:
+                self._turn.release()
+        except _Late as error:
+            raise call.error(AgentUnresponsive, f"{timeout_s:.3g} s were not enough: {call.stage.value}") from error
+        finally:
+            self._callers -= 1
+
+    async def _exchange(self, call: _Call, request: bytes, reader: ReplyReader, deadline_s: float) -> Reply:
+        try:
+            connection = self._connection
+            if connection is None or connection.lost or not connection.in_step:
+                connection = await self._connect(call, deadline_s)
             call.stage = _Stage.SENT
-            await connection.write(request)
-            while True:
-                reply = parse_reply(await connection.read_line())
-                if reply.id == call.id:
-                    call.stage = _Stage.ANSWERED
-                    return reply
-                if reply.id is None:
-                    return _unparsed(reply)
-                # Any other id belongs to a call that gave up.
-        except (OSError, EOFError) as error:
+            reply: Reply = await connection.exchange(request, reader, deadline_s)
+            call.stage = _Stage.ANSWERED
+            return reply
+        except (OSError, EOFError, _PortClosed) as error:
             raise self._lost(call, error) from error
         except MalformedReply as error:
             raise call.error(ProtocolError, f"not a guest agent's reply: {error}") from error
         finally:
             if call.stage is not _Stage.ANSWERED:
-                self._drop()
+                self._drop(EOFError("a call was given up"))
 
-    async def _connect(self, call: _Call) -> _Connection:
+    async def _connect(self, call: _Call, deadline_s: float) -> _Connection:
         """Give a connection on which the next line from the agent answers what is sent now."""
         call.stage = _Stage.CONNECTING
-        if self._connection is not None and self._connection.ended:
-            self._drop()
+        if self._connection is not None and self._connection.lost:
+            self._drop(self._connection.lost)
         while self._connection is None:
             self._check_open()
             try:
-                self._connection = await _Connection.open(self._path, self._max_reply_bytes)
+                async with _until(deadline_s):
+                    self._connection = await _Connection.open(self._address)
             except BlockingIOError:
                 # Our own connections that we gave up count as well, until the other side takes note of their end.
-                await asyncio.sleep(_FULL_QUEUE_PAUSE_S)
+                async with _until(deadline_s):
+                    await asyncio.sleep(_FULL_QUEUE_PAUSE_S)
         self._check_open()
         connection = self._connection
-        if not connection.in_step:
+        while not connection.in_step:
             call.stage = _Stage.SYNCING
             token = next(self._ids)
-            await connection.write(encode_sync(token))
-            while not is_sync_reply(await connection.read_line(), token):
-                pass
-            connection.in_step = True
+            await connection.exchange(encode_sync(token), SyncReader(token), deadline_s)
+            if connection.lost:
+                raise connection.lost
         return connection
 
     def _check_open(self) -> None:
         if self._closed:
             raise EOFError("this client was closed")
-        if self._port_open is False:
-            raise EOFError
+        if self._port_closed:
+            raise self._port_closed
 
     def _lost(self, call: _Call, error: Exception) -> AgentError:
-        if self._port_open is False:
-            return call.error(AgentNotRunning, "no agent in the guest holds its end of the channel open")
+        if isinstance(error, _PortClosed):
+            return call.error(AgentNotRunning, str(error))
         if isinstance(error, FileNotFoundError):
-            return call.error(AgentNotConfigured, f"there is no socket at {self._path}")
-        return call.error(AgentNotConnected, f"{self._path}: {error}")
+            return call.error(AgentNotConfigured, f"there is no socket at {self._address}")
+        return call.error(AgentNotConnected, f"{self._address}: {error}")
 
-    def _drop(self) -> None:
+    def _drop(self, reason: Exception) -> None:
         if self._connection is not None:
-            self._connection.abort()
+            self._connection.abort(reason)
             self._connection = None
-
-
-def _unparsed(reply: Reply) -> Failure:
-    """Take a reply without an id for the answer to the only request that the agent had to parse."""
-    if isinstance(reply, Failure):
-        return reply
-    raise MalformedReply("a success without an id")
+            self._session += 1

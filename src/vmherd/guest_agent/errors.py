@@ -13,6 +13,7 @@
      │    ├── CommandDisabled     whoever configured the guest forbids it, or its system cannot do it
      │    └── AgentFrozen         file systems are frozen: thaw them first
      ├── CommandFailed            the agent tried and says why it failed
+     ├── CommandTimedOut          a program was started in the guest and ended when its time was up
      ├── CommandUnfinished        a program was started in the guest and its end was not seen
      └── ProtocolError            what came is not a guest agent's reply
 
@@ -84,6 +85,14 @@ class CommandFailed(AgentError):
         super().__init__(f"{command}: {desc}", command=command, elapsed_s=elapsed_s)
         self.error_class = error_class
         self.desc = desc
+
+
+class CommandTimedOut(AgentError):
+    """A program was started in the guest as process `pid`, and was ended since its time was up."""
+
+    def __init__(self, message: str, *, command: str, elapsed_s: float, pid: int) -> None:
+        super().__init__(message, command=command, elapsed_s=elapsed_s)
+        self.pid = pid
 
 
 class CommandUnfinished(AgentError):

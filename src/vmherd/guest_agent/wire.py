@@ -5,17 +5,20 @@ starts with a byte 0xFF, which no JSON text contains, so the agent drops what an
 reply starts with 0xFF, so we drop what an earlier client left unread.
 See https://www.qemu.org/docs/master/interop/qemu-ga-ref.html#command-QGA-qapi-schema.guest-sync-delimited
 
-Whatever comes from the guest is hostile until checked: a line is bounded in bytes, in values and in depth.
+Whatever comes from the guest is hostile until checked: a line is bounded in bytes, in values and in depth. The bounds
+keep what one reply takes in memory, parsed and unparsed together, below 100 MiB.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from mmap import mmap
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -23,12 +26,21 @@ T = TypeVar("T")
 DELIMITER = b"\xff"
 
 MAX_REQUEST_BYTES = 64 << 20  # the agent refuses a request with more JSON than this
-MAX_LINE_BYTES = 65 << 20  # guest-file-read gives at most 48 MiB, which are 64 MiB in base64
+MAX_FILE_READ_BYTES = 32 << 20  # what one guest-file-read may ask for; the agent would give 48 MiB
+MAX_CAPTURED_BYTES = 16 << 20  # what the agent keeps of each of a program's two streams
+MAX_PLAIN_BYTES = 4 << 20  # a reply, or what it has besides long texts; one emoji makes it four times as large
+MAX_BESIDE_TEXTS_BYTES = 256 << 10
 MAX_VALUES = 1 << 18  # a line of "[],[],[],…" takes 20 times its size in memory
 MAX_DEPTH = 64  # real replies have less than 10
 MAX_ERROR_CHARS = 4096  # an error's text ends up in logs and in other errors
 
-_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+_LONG_TEXT_BYTES = 64 << 10
+_WHITESPACE = " \t\r\n"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _base64_bytes(size_bytes: int) -> int:
+    return (size_bytes + 2) // 3 * 4
 
 
 class MalformedReply(Exception):
@@ -54,16 +66,16 @@ class Failure:
 
 Reply = Success | Failure
 
+Line = bytes | bytearray | mmap
+
 
 def encode_request(command: str, arguments: Mapping[str, object] | None, request_id: int) -> bytes:
     """Give the line that asks for `command`.
 
     Raises TypeError or ValueError for arguments that JSON cannot carry or that are too large for the agent.
     """
-    message: dict[str, object] = {"execute": command, "id": request_id}
-    if arguments:
-        message["arguments"] = dict(arguments)
-    line = json.dumps(message, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    more = f', "arguments": {_ENCODER.encode(dict(arguments))}' if arguments else ""
+    line = f'{{"execute": {_ENCODER.encode(command)}, "id": {request_id}{more}}}\n'.encode()
     if len(line) > MAX_REQUEST_BYTES:
         raise ValueError(f"{command}: {len(line)} bytes are more than the agent takes ({MAX_REQUEST_BYTES})")
     return line
@@ -77,63 +89,34 @@ def encode_sync(token: int) -> bytes:
     return DELIMITER + encode_request("guest-sync-delimited", {"id": token}, token)
 
 
-def is_sync_reply(line: bytes, token: int) -> bool:
-    """Tell whether `line` is the answer to `encode_sync(token)`: what comes after it belongs to us."""
-    if not line.startswith(DELIMITER):
-        return False
-    try:
-        return parse_reply(line) == Success(token, token)
-    except MalformedReply:
-        # Until we are in step anything may come, for example the tail of another client's reply.
-        return False
+def max_reply_bytes(command: str, arguments: Mapping[str, object] | None) -> int:
+    """Give the bytes that the reply to a command may have.
 
-
-class LineDecoder:
-    """Cuts a stream of bytes into lines, whatever pieces it comes in.
-
-    A delimiter byte voids what stands before it in its line, so it can only be the first byte of a line given.
+    Raises ValueError if it asks for more of a file than one reply may hold.
     """
-
-    def __init__(self, max_line_bytes: int = MAX_LINE_BYTES) -> None:
-        self._max_line_bytes = max_line_bytes
-        self._line = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take in the next bytes and give the lines that they complete, without line ends and empty lines.
-
-        Raises MalformedReply if a line is too long; the decoder is of no use after that.
-        """
-        lines = []
-        *ends, rest = data.split(b"\n")
-        for end in ends:
-            self._extend(end)
-            if self._line:
-                lines.append(bytes(self._line))
-                self._line.clear()
-        self._extend(rest)
-        return lines
-
-    def _extend(self, piece: bytes) -> None:
-        start = piece.rfind(DELIMITER)
-        if start >= 0:
-            self._line.clear()
-            piece = piece[start:]
-        self._line += piece
-        if len(self._line) > self._max_line_bytes:
-            raise MalformedReply(f"a line of more than {self._max_line_bytes} bytes")
+    if command == "guest-exec-status":
+        return MAX_PLAIN_BYTES + 2 * _base64_bytes(MAX_CAPTURED_BYTES)
+    count = arguments.get("count") if arguments and command == "guest-file-read" else None
+    if not isinstance(count, int):
+        return MAX_PLAIN_BYTES
+    if count > MAX_FILE_READ_BYTES:
+        raise ValueError(f"{command}: 'count' is {count}, and one reply holds at most {MAX_FILE_READ_BYTES} bytes")
+    return MAX_PLAIN_BYTES + _base64_bytes(max(count, 0))
 
 
-def parse_reply(line: bytes) -> Reply:
-    """Give the reply that `line` holds, with or without a delimiter before it.
+def parse_reply(line: Line) -> Reply:
+    """Give the reply that `line` holds, which is one to `encode_sync` if it begins with a delimiter.
 
     Raises MalformedReply.
     """
-    message = _parse_json(line.removeprefix(DELIMITER))
+    message = parse_json(line[1:] if line[:1] == DELIMITER and len(line) <= MAX_PLAIN_BYTES else line)
     reply_id = optional(message, "id", int)
     match message:
-        case {"return": value, **others} if "error" not in others:
+        case {"return": _, "error": _}:
+            pass
+        case {"return": value}:
             return Success(reply_id, value)
-        case {"error": {"class": str(error_class), "desc": str(desc)}, **others} if "return" not in others:
+        case {"error": {"class": str(error_class), "desc": str(desc)}}:
             return Failure(reply_id, error_class[:MAX_ERROR_CHARS], desc[:MAX_ERROR_CHARS])
     raise MalformedReply("a reply has either 'return' or an 'error' with 'class' and 'desc'")
 
@@ -179,20 +162,74 @@ def _kind(value: object) -> str:
     return _KINDS[type(value)]
 
 
-def _parse_json(text: bytes) -> object:
-    if sum(map(text.count, (b"[", b"{", b","))) > MAX_VALUES:
-        raise MalformedReply(f"more than {MAX_VALUES} values in one reply")
+def parse_json(text: Line) -> object:
+    """Give the value of a JSON text, with exact integers and within the bounds that hold for a reply.
+
+    Raises MalformedReply.
+    """
+    long_texts: dict[str, str] = {}
+    if len(text) > _LONG_TEXT_BYTES or isinstance(text, mmap):
+        text, long_texts = _without_long_texts(text)
+    openings = text.count(b"[") + text.count(b"{")
+    if openings + text.count(b",") > MAX_VALUES:
+        raise MalformedReply(f"more than {MAX_VALUES} values")
     try:
-        value: object = _DECODER.decode(text.decode())
-        _check_depth(value)
-        if _HALF_CHARACTER.search(text):
+        characters = text.decode().strip(_WHITESPACE)
+        value, end = (_decoder(long_texts) if long_texts else _DECODER).raw_decode(characters)
+        if end < len(characters):
+            raise MalformedReply(f"not JSON: more after its end at character {end}")
+        if openings >= MAX_DEPTH:
+            _check_depth(value)
+        if "\\" in characters and _HALF_CHARACTER.search(characters):
             # JSON can spell half of a character, which no text that leaves this process could hold.
-            json.dumps(value, ensure_ascii=False).encode()
+            _ENCODER.encode(value).encode()
     except RecursionError as error:
         raise MalformedReply("nested too deeply") from error
     except ValueError as error:
         raise MalformedReply(f"not JSON: {error}") from error
     return value
+
+
+def _without_long_texts(text: Line) -> tuple[bytes, dict[str, str]]:
+    """Take long texts out of a JSON text: what a file or a program has in base64, copied once and never scanned.
+
+    Gives the JSON text with a number in place of each, such as no agent writes, and the long texts by these numbers.
+    Raises MalformedReply if what stays is too long.
+    """
+    found = _long_texts(text)
+    max_bytes = MAX_BESIDE_TEXTS_BYTES if found else MAX_PLAIN_BYTES
+    if len(text) - sum(map(len, found.values())) > max_bytes:
+        raise MalformedReply(f"more than {max_bytes} bytes besides long texts without escapes")
+    numbered = {f"0e{number}": long_text for number, long_text in enumerate(found.values())}
+    ends = [0, *(start + len(long_text) + 2 for start, long_text in found.items())]
+    pieces = [bytes(text[end:start]) for end, start in zip(ends, [*found, len(text)], strict=True)]
+    rest = bytearray(pieces[0])
+    for number, piece in zip(numbered, pieces[1:], strict=True):
+        rest += number.encode() + piece
+    return bytes(rest), numbered
+
+
+def _long_texts(text: Line) -> dict[int, str]:
+    """Give the long texts of a JSON text by the place of their first quote; they are ASCII without escapes."""
+    if text.find(b"\\", 0) >= 0:
+        return {}
+    found = {}
+    ended = 0  # all texts that began before have ended before
+    place = _LONG_TEXT_BYTES  # a text of this length lies across a multiple of it
+    with memoryview(text) as view:
+        while place < len(text) and (end := text.find(b'"', place)) >= 0:
+            start = text.rfind(b'"', ended, place)
+            if start >= 0 and end - start > _LONG_TEXT_BYTES:
+                if start - ended > MAX_PLAIN_BYTES:
+                    break  # it is refused anyway
+                if text[ended:start].count(b'"') % 2:
+                    ended = start + 1
+                else:
+                    with contextlib.suppress(UnicodeDecodeError):
+                        found[start] = str(view[start + 1 : end], "ascii")
+                    ended = end + 1
+            place = (end // _LONG_TEXT_BYTES + 1) * _LONG_TEXT_BYTES
+    return found
 
 
 def _check_depth(value: object) -> None:
@@ -228,4 +265,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _decoder(long_texts: Mapping[str, str]) -> json.JSONDecoder:
+    def number(digits: str) -> object:
+        return long_texts[digits] if digits in long_texts else _finite(digits)
+
+    return json.JSONDecoder(parse_int=_integer, parse_float=number, parse_constant=_no_constant)
+
+
 _DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)

@@ -20,6 +20,9 @@ OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+READY = ("vmherd-ready", "1")
+"""Initial metadata with which a server that takes a stream says that it can be sent. A refusal comes without."""
+
 
 def open_channel(socket: Path) -> grpc.aio.Channel:
     """An asyncio channel to a server on a unix socket, which need not be there yet."""

@@ -19,6 +19,14 @@ _log = structlog.get_logger()
 
 HANDLER_END_TIMEOUT_S = 0.5
 
+_MAKERS: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""By whether the request is a stream, and whether the response is one."""
+
 if TYPE_CHECKING:  # grpc's classes are generic in their type stubs alone
     Handler = grpc.RpcMethodHandler[Any, Any]
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
@@ -66,31 +74,34 @@ class ErrorsToStatus(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Wraps the handlers of both shapes that vmherd has: one answer, or a stream of them."""
+        """Wraps a handler; a request that is a stream is passed on as it is."""
         handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
         method = handler_call_details.method
-        if handler is None or handler.request_streaming:
-            return handler
-        stream: Any = handler.unary_stream
-        unary: Any = handler.unary_unary
+        stream: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        single: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
         serializers = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
-        if handler.response_streaming:
 
-            async def answer_stream(request: Any, context: Context) -> AsyncIterator[Any]:
-                async with self._errors_told(method, context, self._streams):
-                    async for response in stream(request, context):
-                        yield response
-
-            return grpc.unary_stream_rpc_method_handler(answer_stream, **serializers)
+        # Writes, where it could yield: so a cancel always comes up in here, and ends the handler, before the call ends.
+        async def answer_stream(request: Any, context: Context) -> None:
+            async with (
+                self._errors_told(method, context, self._streams),
+                contextlib.aclosing(stream(request, context)) as responses,
+            ):
+                async for response in responses:
+                    await context.write(response)
 
         async def answer(request: Any, context: Context) -> Any:
             async with self._errors_told(method, context, self._calls):
-                return await unary(request, context)
+                return await single(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(answer, **serializers)
+        make = _MAKERS[handler.request_streaming, handler.response_streaming]
+        wrapped: Handler = make(answer_stream if handler.response_streaming else answer, **serializers)
+        return wrapped
 
     @contextlib.asynccontextmanager
     async def _errors_told(
@@ -106,8 +117,8 @@ class ErrorsToStatus(grpc.aio.ServerInterceptor):
             if not (self._ending and task in self._streams):
                 raise
             await _abort(context, Unavailable("the server is shutting down; ask again", reason="SHUTTING_DOWN"))
-        except grpc.aio.AbortError:
-            raise
+        except (grpc.aio.AbortError, grpc.aio.InternalError):
+            raise  # the second is gRPC's word for a write that failed because the caller has left
         except Exception as error:
             await _abort(context, unexpected(method, error))
         finally:

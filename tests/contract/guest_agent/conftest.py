@@ -50,14 +50,21 @@ class StartPeer(Protocol):
 class QemuGa:
     """The real qemu-ga, with a unix socket in place of a port in a guest."""
 
-    def __init__(self, path: Path, *, blocked: Collection[str] = (), frozen: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        blocked: Collection[str] = (),
+        frozen: bool = False,
+        harmless: Collection[str] = _HARMLESS,
+    ) -> None:
         self.path = path
         self._frozen = frozen
         # Debian has the agent in /usr/sbin, which an ordinary user's PATH lacks.
         self._program = shutil.which("qemu-ga", path="/usr/sbin:/usr/bin:/usr/local/bin")
         assert self._program, "qemu-ga is missing: install the package qemu-guest-agent"
         known = subprocess.run([self._program, "-b", "help"], check=True, capture_output=True, text=True).stdout.split()
-        self._blocked = (set(known) - _HARMLESS) | set(blocked)
+        self._blocked = (set(known) - set(harmless)) | set(blocked)
 
     async def start(self) -> None:
         state = self.path.parent

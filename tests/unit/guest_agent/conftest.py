@@ -25,5 +25,5 @@ async def fake(path: Path) -> AsyncIterator[FakeAgent]:
 
 @pytest.fixture
 async def agent(fake: FakeAgent) -> AsyncIterator[GuestAgent]:
-    async with GuestAgent(fake.path, max_reply_bytes=1 << 20) as agent:
+    async with GuestAgent(fake.path) as agent:
         yield agent

@@ -15,12 +15,11 @@ from vmherd.guest_agent.wire import (
     MAX_REQUEST_BYTES,
     MAX_VALUES,
     Failure,
-    LineDecoder,
     MalformedReply,
     Success,
     encode_request,
     encode_sync,
-    is_sync_reply,
+    max_reply_bytes,
     member,
     optional,
     parse_reply,
@@ -161,59 +160,61 @@ def test_whole_characters_beyond_the_first_plane_are_taken() -> None:
     assert parse_reply(_reply('"\\ud83d\\ude00"')) == Success(1, "😀")
 
 
+def test_the_bounds_of_a_reply_depend_on_the_command() -> None:
+    plain = max_reply_bytes("guest-ping", None)
+    assert plain == max_reply_bytes("guest-file-read", {"handle": 1}) == max_reply_bytes("other", {"count": 1 << 30})
+    assert max_reply_bytes("guest-file-read", {"handle": 1, "count": "x"}) == plain
+    assert max_reply_bytes("guest-file-read", {"handle": 1, "count": -1}) == plain
+    assert max_reply_bytes("guest-file-read", {"count": 3 << 20}) == plain + (4 << 20)
+    assert max_reply_bytes("guest-file-read", {"count": 32 << 20}) < 50_000_000
+    assert plain + 44_000_000 < max_reply_bytes("guest-exec-status", {"pid": 1}) < 50_000_000
+    with pytest.raises(ValueError, match="'count' is 33554433"):
+        max_reply_bytes("guest-file-read", {"count": (32 << 20) + 1})
+
+
+LONG_TEXTS = st.integers(0, 3).map(lambda quarters: "QUJD" * (quarters << 12)) | TEXT
+
+
+@given(st.lists(LONG_TEXTS, max_size=6), st.booleans())
+def test_long_texts_come_back_whole(texts: list[str], escaped: bool) -> None:
+    value = {"texts": texts, "number": 0.5, "by name": {text[:10]: text for text in texts}}
+    line = json.dumps({"return": value, "id": 1}, ensure_ascii=escaped).encode()
+    assert parse_reply(bytearray(line)) == Success(1, value)
+
+
+LONG = b"x" * 100_000
+
+
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"return": 5, "id": 5}',
-        b'\xff{"return": 6, "id": 5}',
-        b'\xff{"return": 5, "id": 6}',
-        b'\xff{"return": 5.0, "id": 5}x',
-        b'\xff{"id": 5, "error": {"class": "GenericError", "desc": ""}}',
-        b"\xff",
-        b'ming from far"}',
+        b'{"return": "a"' + LONG + b'"b", "id": 1}',
+        b'{"return": {' + LONG + b'"b": 1}, "id": 1}',
+        b'{"return": "' + LONG + b', "id": 1}',
+        b'{"return": {"' + LONG + b'": 1}, "id": 1}',
+        b'{"return": "' + LONG + b'" "' + LONG + b'", "id": 1}',
+        b'{"return": "' + LONG + b"\xc3" + LONG + b'", "id": 1}',
     ],
+    ids=range(6),
 )
-def test_what_is_no_answer_to_a_sync(line: bytes) -> None:
-    assert not is_sync_reply(line, 5)
+def test_a_line_with_a_long_text_that_is_no_reply(line: bytes) -> None:
+    with pytest.raises(MalformedReply, match="not JSON"):
+        parse_reply(line)
 
 
-def test_the_answer_to_a_sync() -> None:
-    assert is_sync_reply(b'\xff{"return": 5, "id": 5}', 5)
-
-
-def test_a_delimiter_voids_the_beginning_of_its_line() -> None:
-    decoder = LineDecoder()
-    assert decoder.feed(b'first\n{"half a rep\xffgarb') == [b"first"]
-    assert decoder.feed(b'age\xff{"return": 5}\nnext\n\n') == [b'\xff{"return": 5}', b"next"]
-
-
-@given(st.lists(st.sampled_from([b"\n", b"\xff", b"{", b"a", b"\r\n", b"some text"])), st.data())
-def test_lines_do_not_depend_on_the_pieces_they_come_in(parts: list[bytes], data: st.DataObject) -> None:
-    stream = b"".join(parts)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
-    decoder = LineDecoder()
-    lines = []
-    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        lines += decoder.feed(stream[start:end])
-    complete = stream.split(b"\n")[:-1]
-    assert lines == [line[max(line.rfind(b"\xff"), 0) :] for line in complete if line]
-
-
-@pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000])
-def test_a_line_without_end_is_refused(piece_bytes: int) -> None:
-    decoder = LineDecoder(max_line_bytes=100)
-    assert decoder.feed(b"x" * 100 + b"\n") == [b"x" * 100]
-    for _ in range(100 // piece_bytes):
-        assert decoder.feed(b"x" * piece_bytes) == []
-    with pytest.raises(MalformedReply, match="more than 100 bytes"):
-        decoder.feed(b"x" * piece_bytes)
-
-
-def test_an_endless_run_of_delimiters_takes_no_memory() -> None:
-    decoder = LineDecoder(max_line_bytes=100)
-    for _ in range(1000):
-        assert decoder.feed(b"\xff" * 1000) == []
-    assert decoder.feed(b"\xffx\n") == [b"\xffx"]
+@pytest.mark.parametrize(
+    "line",
+    [
+        _reply("1," * 3_000_000),
+        _reply('"' + "\\\\" * 3_000_000 + '"'),
+        _reply('"' + "ä" * 3_000_000 + '"'),
+        _reply('["' + "x" * 100_000 + '", ' + '"abc", ' * 100_000 + "0]"),
+    ],
+    ids=range(4),
+)
+def test_a_reply_that_would_take_too_much_memory_is_not_parsed(line: bytes) -> None:
+    with pytest.raises(MalformedReply, match="bytes besides long texts"):
+        parse_reply(line)
 
 
 def test_members_are_of_exactly_the_kind_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from vmherd.guest_agent import (
     CommandUnfinished,
     GuestAgent,
     ProtocolError,
+    Stream,
+    open_process,
     run,
 )
+from vmherd.guest_agent.programs import pauses
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +67,7 @@ async def test_run_checks_the_pid(agent: GuestAgent, fake: FakeAgent, pid: objec
 async def test_run_that_loses_contact(agent: GuestAgent, fake: FakeAgent) -> None:
     fake.answers["guest-exec"] = value({"pid": 42})
     fake.answers["guest-exec-status"] = hang_up
-    with pytest.raises(CommandUnfinished, match="sleep was started as process 42 and its end was not seen") as caught:
+    with pytest.raises(CommandUnfinished, match="process 42 was started and its end was not seen") as caught:
         await run(agent, ["sleep", "60"], timeout_s=TIMEOUT_S)
     assert isinstance(caught.value.__cause__, AgentNotConnected)
     assert caught.value.outcome_unknown
@@ -76,13 +80,56 @@ async def test_run_starts_a_program_once(agent: GuestAgent, fake: FakeAgent) -> 
     assert fake.asked() == ["guest-exec"]
 
 
-async def test_run_asks_less_often_as_time_goes_on(agent: GuestAgent, fake: FakeAgent) -> None:
+def test_the_pauses_grow_up_to_a_limit() -> None:
+    first = list(islice(pauses(), 100))
+    assert first == sorted(first)
+    assert first[0] < 0.005  # most programs end within milliseconds
+    assert first[-1] == 0.25
+    assert sum(first[:10]) < 0.25
+
+
+async def test_run_of_a_program_that_does_not_end_when_told(
+    agent: GuestAgent, fake: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmherd.guest_agent.process.END_TIMEOUT_S", SHORT_S)
     fake.answers["guest-exec"] = value({"pid": 42})
     fake.answers["guest-exec-status"] = value({"exited": False})
-    with pytest.raises(CommandUnfinished, match="did not end within"):
-        await run(agent, ["sleep", "60"], timeout_s=1)
-    assert fake.asked()[0] == "guest-exec"
-    assert 5 < fake.asked().count("guest-exec-status") < 25
+    with pytest.raises(
+        CommandUnfinished, match="process 42 was started and it did not end when it was told to"
+    ) as found:
+        await run(agent, ["sleep", "60"], timeout_s=SHORT_S)
+    assert found.value.pid == 42
+    started = [request.arguments["path"] for request in fake.requests if request.command == "guest-exec"]
+    assert started == ["sleep", "/bin/sh"]
+
+
+async def test_a_lost_end_is_not_asked_for_again(agent: GuestAgent, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    async with open_process(agent, ["true"]) as process:
+        fake.answers["guest-exec-status"] = value({"exited": True, "exitcode": 7, "out-data": "aGk="})
+        assert [output.data async for output in process.output()] == [b"hi"]
+        count = fake.asked().count("guest-exec-status")
+        assert await process.has_ended()
+        assert [output.data async for output in process.output({Stream.STDOUT: 1})] == [b"i"]
+        assert fake.asked().count("guest-exec-status") == count
+    assert process.result
+    assert process.result.exit_code == 7
+
+
+async def test_a_frozen_guest_keeps_a_program_waiting(agent: GuestAgent, fake: FakeAgent) -> None:
+    async with open_process(agent, ["true"]) as process:
+        fake.frozen = True
+        assert not await process.has_ended()
+        fake.frozen = False
+        assert (await process.wait(timeout_s=TIMEOUT_S)).exit_code == 0
+
+
+async def test_what_goes_wrong_beside_a_program_reaches_the_reader(agent: GuestAgent) -> None:
+    async with open_process(agent, ["sleep", "60"]) as process:
+        process.fail(OSError("the input broke"))
+        with pytest.raises(OSError, match="the input broke"):
+            await anext(process.output())
+    assert process.result
 
 
 async def test_run_sends_words_input_and_environment_as_they_are(agent: GuestAgent, fake: FakeAgent) -> None:

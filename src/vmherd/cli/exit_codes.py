@@ -23,7 +23,7 @@ MEANINGS = MappingProxyType(
         OK: "done",
         FAILED: "failed for a reason without a code of its own",
         USAGE: "wrong use: an option, a settings file or a value in a request",
-        NOT_FOUND: "no such instance",
+        NOT_FOUND: "no such instance, or no such file",
         STATE: "the state of things forbids it, for instance a name that is taken",
         UNAVAILABLE: "somebody who is needed cannot be reached",
         TIMEOUT: "time was up first",

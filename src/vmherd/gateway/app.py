@@ -23,6 +23,7 @@ from vmherd.api.settings.v1.settings_pb2 import GatewaySettings
 from vmherd.gateway import descriptors, docs, openapi, transcoder
 from vmherd.gateway.admission import Admission
 from vmherd.gateway.errors import error_response
+from vmherd.gateway.files import FilesRoute
 from vmherd.gateway.routes import Closing, RpcRoute
 from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unimplemented
@@ -77,6 +78,7 @@ def create_app(
     # `{name}` matches `name:verb` as well, so the more special template is tried first.
     for binding in sorted(bindings, key=lambda it: it.template.order):
         app.router.routes.append(RpcRoute(binding, api.pool, upstream, closing, max_body_bytes))
+    app.router.routes.append(FilesRoute(api.pool, upstream, closing))
     for path, endpoint in public.items():
         app.add_route(path, endpoint)
     return app

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, MethodDescriptor
 
-from vmherd.gateway import proto_json, streams
+from vmherd.gateway import files, proto_json, streams
 from vmherd.gateway.descriptors import API_PACKAGE, Api
 from vmherd.gateway.transcoder import WHOLE_BODY, Binding, FieldPath, json_name, proto_name
 
@@ -69,6 +69,56 @@ _TIMEOUT: Json = {
     "schema": {"type": "string", "pattern": "^[0-9]{1,8}[HMSmun]$"},
 }
 
+_NAME: Json = {
+    "name": "name",
+    "in": "path",
+    "required": True,
+    "description": "Name of the instance.",
+    "schema": {"type": "string"},
+}
+_PATH: Json = {
+    "name": "path",
+    "in": "query",
+    "required": True,
+    "description": "Absolute path in the guest.",
+    "schema": {"type": "string", "pattern": "^/"},
+}
+_ARCHIVE: Json = {
+    "name": "archive",
+    "in": "query",
+    "required": False,
+    "description": "For a folder: it comes, and goes, as a tar archive of what is in it.",
+    "schema": {"type": "string", "enum": ["tar"]},
+}
+_MODE: Json = {
+    "name": "mode",
+    "in": "query",
+    "required": False,
+    "description": "Permission bits in octal. Default: those of the file that is replaced, or 0644.",
+    "schema": {"type": "string", "pattern": "^0?[0-7]{1,4}$"},
+}
+_PLAIN: Json = {"schema": {"type": "string", "format": "binary"}}
+_FILE: Json = {
+    "description": (
+        "The file as it is. `Vmherd-Mode` has its permission bits in octal, `Vmherd-Notice` what is not done as asked. "
+        "An answer that breaks off before its end was not read whole."
+    ),
+    "content": {"application/octet-stream": _PLAIN, "application/x-tar": _PLAIN},
+}
+_FILES: dict[str, dict[str, Json]] = {
+    f"{API_PACKAGE}.FileService.ReadFile": {
+        "get": {"parameters": [_PATH, _ARCHIVE], "responses": {"200": _FILE}},
+        "head": {"parameters": [_PATH, _ARCHIVE], "responses": {"200": {"description": "What GET would say of it."}}},
+    },
+    f"{API_PACKAGE}.FileService.WriteFile": {
+        "put": {
+            "parameters": [_PATH, _ARCHIVE, _MODE],
+            "requestBody": {"content": {"*/*": _PLAIN}, "description": "The file as it is, of any type."},
+        },
+    },
+}
+"""What `gateway.files` makes of these RPCs, beside what all operations have."""
+
 
 def document(api: Api, bindings: Sequence[Binding], *, needs_token: bool) -> Json:
     """The document as JSON."""
@@ -76,6 +126,9 @@ def document(api: Api, bindings: Sequence[Binding], *, needs_token: bool) -> Jso
     paths: dict[str, Json] = {}
     for binding in bindings:
         paths.setdefault(binding.template.openapi, {})[binding.http_method.lower()] = writer.operation(binding)
+    for method in api.methods:
+        if method.descriptor.full_name in _FILES:
+            paths.setdefault(files.TEMPLATE.openapi, {}).update(writer.files_operations(method.descriptor))
     services = dict.fromkeys(method.descriptor.containing_service for method in api.methods)
     components: Json = {
         "schemas": {**dict(sorted(writer.schemas.items())), "google.rpc.Status": _STATUS},
@@ -128,6 +181,23 @@ class _Writer:
             "default": {"$ref": "#/components/responses/Error"},
         }
         return operation
+
+    def files_operations(self, method: MethodDescriptor) -> dict[str, Json]:
+        """The operations, by HTTP method, of an RPC whose messages are plain bytes over HTTP."""
+        comment = self._comments.get(method.full_name, "")
+        operations = {}
+        for http_method, own in _FILES[method.full_name].items():
+            suffix = "_head" if http_method == "head" else ""
+            responses = own.get("responses") or {"200": self._answer(method.output_type, is_stream=False)}
+            operations[http_method] = own | {
+                "operationId": f"{method.containing_service.name}_{method.name}{suffix}",
+                "tags": [method.containing_service.name],
+                "summary": comment.partition("\n")[0],
+                "description": comment,
+                "parameters": [_NAME, *own["parameters"], {"$ref": "#/components/parameters/GrpcTimeout"}],
+                "responses": responses | {"default": {"$ref": "#/components/responses/Error"}},
+            }
+        return operations
 
     def _parameter(self, path: FieldPath, name: str, place: str) -> Json:
         return {

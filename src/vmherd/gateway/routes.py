@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 from starlette.datastructures import Headers
@@ -26,7 +27,8 @@ from vmherd.model.errors import DeadlineExceeded, InvalidArgument, Unavailable
 
 BODY_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 600.0
-"""What a single call gets that names no time of its own: more than any command of ours takes by default."""
+"""What a single call gets without the header: more than any command of ours takes by default. Where the request has a
+timeout of its own, that comes on top. The controller is not told, for it has defaults for who names no time."""
 
 CALL_GRACE_S = 0.8
 MAX_TIMEOUT_S = 365 * 86400.0
@@ -94,32 +96,20 @@ class RpcRoute(BaseRoute):
 
     async def _answer(self, request: Request, send: Send) -> None:
         timeout_s = grpc_timeout_s(request.headers)
-        if timeout_s is None and not self._is_stream:
-            timeout_s = CALL_TIMEOUT_S
         body = await read_body(request, self._max_body_bytes)
         message = self._binding.request(self._pool, request.scope["captured"], request.scope["query_string"], body)
         call = self._stub(message, timeout=timeout_s)
         try:
-            async with _disconnection(request.receive) as gone:
+            async with disconnection(request.receive) as gone:
                 if self._is_stream:
                     await self._stream(call, gone, request, send)
                 else:
-                    await self._single(call, gone, request, send)
+                    limit_s = CALL_TIMEOUT_S + own_timeout_s(message) if timeout_s is None else None
+                    answer = await answer_of(call, gone, self._closing, limit_s=limit_s)
+                    response = Response(self._json(answer), media_type="application/json")
+                    await response(request.scope, request.receive, send)
         finally:
             call.cancel()
-
-    async def _single(self, call: Any, gone: asyncio.Future[None], request: Request, send: Send) -> None:
-        answered = asyncio.ensure_future(call)
-        await asyncio.wait({answered, gone, self._closing.calls}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            raise ClientDisconnect
-        if not answered.done():
-            raise Unavailable(
-                "the gateway is shutting down before the controller answered; it may have done what was asked",
-                reason="GATEWAY_SHUTTING_DOWN",
-            )
-        response = Response(self._json(answered.result()), media_type="application/json")
-        await response(request.scope, request.receive, send)
 
     async def _stream(self, call: Any, gone: asyncio.Future[None], request: Request, send: Send) -> None:
         form = streams.format_for(request.headers.get("accept", ""))
@@ -130,8 +120,38 @@ class RpcRoute(BaseRoute):
         return proto_json.to_json(message, self._pool)
 
 
+async def answer_of(
+    call: Any, gone: asyncio.Future[None], closing: Closing, *, limit_s: float | None = None
+) -> Message:
+    """The answer of a call with one.
+
+    Raises:
+        grpc.aio.AioRpcError: the call failed.
+        ClientDisconnect: the client went away first.
+        DeadlineExceeded: `limit_s` was over first.
+        Unavailable: the gateway is shutting down.
+    """
+    answered = asyncio.ensure_future(call)
+    done, _ = await asyncio.wait({answered, gone, closing.calls}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+    if not done:
+        raise DeadlineExceeded(
+            f"the controller did not answer within {limit_s:g} s; outcome unknown; Grpc-Timeout allows more",
+            reason="GATEWAY_TIMEOUT",
+            metadata={"outcome_unknown": True},
+        )
+    if gone.done():
+        raise ClientDisconnect
+    if not answered.done():
+        raise Unavailable(
+            "the gateway is shutting down before the controller answered; it may have done what was asked",
+            reason="GATEWAY_SHUTTING_DOWN",
+        )
+    message: Message = answered.result()
+    return message
+
+
 @contextlib.asynccontextmanager
-async def _disconnection(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
+async def disconnection(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
     """A future that is done when the client of a request, whose body was read, has gone."""
 
     async def wait() -> None:
@@ -163,6 +183,15 @@ def grpc_timeout_s(headers: Headers) -> float | None:
             reason="MALFORMED_TIMEOUT",
         )
     return min(int(found[1]) * _UNITS_S[found[2]], MAX_TIMEOUT_S)
+
+
+def own_timeout_s(request: Message) -> float:
+    """How long a request itself allows for what it asks for, in its field `timeout`; 0 without one."""
+    field = request.DESCRIPTOR.fields_by_name.get("timeout")
+    if not field or not field.message_type or field.message_type.full_name != Duration.DESCRIPTOR.full_name:
+        return 0.0
+    timeout: Duration = getattr(request, field.name)
+    return max(0.0, min(timeout.seconds, MAX_TIMEOUT_S))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -72,7 +72,7 @@ class Binding:
 
     def _query_value(self, query: bytes) -> dict[str, Any]:
         given: dict[FieldPath, list[str]] = {}
-        for name, text in _pairs(query):
+        for name, text in pairs(query):
             path = self._parameters.get(name)
             if path is None:
                 known = ", ".join(json_name(path) for path in self.query_fields) or "none"
@@ -171,7 +171,12 @@ def _put(value: dict[str, Any], path: FieldPath, item: Any) -> None:
     value[path[-1].name] = item
 
 
-def _pairs(query: bytes) -> list[tuple[str, str]]:
+def pairs(query: bytes) -> list[tuple[str, str]]:
+    """The names and values of a query.
+
+    Raises:
+        InvalidArgument: it is not UTF-8.
+    """
     try:
         return parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
     except UnicodeError as error:

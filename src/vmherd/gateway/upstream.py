@@ -15,6 +15,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from vmherd.api.v1.file_pb2_grpc import FileServiceStub
 from vmherd.gateway.descriptors import Method
 from vmherd.model.errors import DeadlineExceeded, Unavailable, VmherdError
 from vmherd.rpc.channel import open_channel
@@ -23,17 +24,23 @@ from vmherd.rpc.status import DOMAIN, status_of, to_status
 
 READY_TIMEOUT_S = 1.0
 CONNECTION_CHECK_INTERVAL_S = 0.5
+NOT_CONNECTED = "failed to connect"
+"""How gRPC's text begins where a call was never sent; in all other cases nobody knows what became of it."""
 
 _log = structlog.get_logger()
 
 
 class Upstream:
-    """The controller behind a unix socket. It need not be there yet, and may come and go."""
+    """The controller behind a unix socket. It need not be there yet, and may come and go.
+
+    `files` is the stub of the one service that is not found by its annotations.
+    """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
         self._channel = open_channel(socket)
         self._health: Any = HealthStub(self._channel)
+        self.files: Any = FileServiceStub(self._channel)
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
@@ -93,15 +100,24 @@ class Upstream:
         if status.details:
             return status
         # The controller gives every error its details, so this one is of the connection or of this end of the call.
+        cause = error.details() or ""
         if error.code() is grpc.StatusCode.UNAVAILABLE:
+            unknown = not cause.startswith(NOT_CONNECTED)
             return to_status(
                 Unavailable(
-                    f"the controller cannot be reached at {self._socket}; is `vmherd controller` running?",
+                    f"the controller cannot be reached at {self._socket}; is `vmherd controller` running?"
+                    + ("; outcome unknown" if unknown else ""),
                     reason="CONTROLLER_UNREACHABLE",
-                    metadata={"socket": self._socket, "cause": error.details()},
+                    metadata={"socket": self._socket, "cause": cause, "outcome_unknown": unknown},
                 )
             )
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return to_status(DeadlineExceeded("time was up before the controller answered", reason="GRPC_TIMEOUT"))
+            return to_status(
+                DeadlineExceeded(
+                    "time was up before the controller answered; outcome unknown",
+                    reason="GRPC_TIMEOUT",
+                    metadata={"outcome_unknown": True},
+                )
+            )
         status.details.add().Pack(ErrorInfo(reason=error.code().name, domain=DOMAIN))
         return status

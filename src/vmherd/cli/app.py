@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from vmherd.cli import demo, guest, instances, up
+from vmherd.cli import agent, copy, demo, exec, guest_calls, guest_processes, instances, up
 from vmherd.cli.exit_codes import MEANINGS, USAGE, exit_code
 from vmherd.cli.report import printable, tell
 from vmherd.cli.serve import PROCESSES, serve
@@ -76,5 +76,15 @@ for name, process in PROCESSES.items():
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )(_process)
 
-for part in (instances.app, guest.app, up.app, demo.app, processes):
+for part in (
+    instances.app,
+    exec.app,
+    guest_processes.app,
+    guest_calls.app,
+    copy.app,
+    agent.app,
+    up.app,
+    demo.app,
+    processes,
+):
     app.add_typer(part)

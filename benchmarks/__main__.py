@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import platform
@@ -12,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bare
-from vmherd.api.v1 import guest_pb2
+from benchmarks import bare, copy, libvirt
+from vmherd.api.v1 import guest_pb2, process_pb2
 from vmherd.cli.herd_files import Flags
 from vmherd.cli.processes import Processes
 from vmherd.cli.up import herd_up
@@ -26,6 +27,8 @@ from vmherd.model.layout import Herd, StateDirectory
 
 BOOTS = 7
 PINGS = 500
+RUNS = 100
+PROGRAM = ("/bin/true",)
 IDLE_S = 2.0
 """The processes are left alone for so long before their memory is looked at."""
 
@@ -91,36 +94,76 @@ def _measure(herd: Herd, processes: Processes) -> None:
     print(f"  bare QEMU              {bare_s:8.3f} s")
     print(f"  vmherd over HTTP       {ours_s:8.3f} s    ratio {ours_s / bare_s:.2f} (at most 1.10)")
 
-    gateway.call("POST", "/v1/instances", {"name": "bench"})
-    gateway.call("GET", "/v1/instances/bench/wait?until=ADDRESS&timeout=60s")
-    request = guest_pb2.GuestPingRequest(name="bench")
-    with bare.machine(planned, herd.path, state.path) as agent, Client(herd.controller_socket) as client:
-        agent.ping()
-        pings = _in_turn(
-            agent.ping,
-            lambda: client.guest.Ping(request),
-            lambda: gateway.call("GET", "/v1/instances/bench/guest/ping"),
-        )
-    print(f"\nGuest agent ping, medians of {PINGS} in turn")
-    for name, ping_s in zip(("bare socket", "vmherd over gRPC", "vmherd over HTTP"), pings, strict=True):
-        print(f"  {name:<22} {ping_s * 1e3:8.3f} ms   ratio {ping_s / pings[0]:.2f}")
-    gateway.call("DELETE", "/v1/instances/bench?force=true")
-
     time.sleep(IDLE_S)
     print("\nResident memory, idle")
     for child in processes.children:
         print(f"  {child.name:<22} {_resident_mib(child.process.pid):8.1f} MiB (at most 70)")
 
+    controller_pid = next(child.process.pid for child in processes.children if child.name == "controller")
+    hardware = {"hardware": {"memoryMib": copy.MEMORY_MIB}}
+    gateway.call("POST", "/v1/instances", {"name": "bench", **hardware})
+    gateway.call("GET", "/v1/instances/bench/wait?until=ADDRESS&timeout=60s")
+    planned = gateway.call("POST", "/v1/instances:plan", {"name": "bare", **hardware})["argv"]
+    with bare.machine(planned, herd.path, state.path) as agent, Client(herd.controller_socket) as client:
+        agent.ping()
+        _measure_pings(agent, client, gateway, planned)
+        _measure_runs(agent, client)
+        copy.measure("bench", agent, client, lambda: _resident_mib(controller_pid))
+    gateway.call("DELETE", "/v1/instances/bench?force=true")
 
-def _in_turn(*calls: Callable[[], object]) -> list[float]:
-    """The median time of each call in seconds, with all of them made in turn."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(PINGS):
-        for index, call in enumerate(calls):
-            start_s = time.perf_counter()
-            call()
-            times[index].append(time.perf_counter() - start_s)
-    return [statistics.median(column) for column in times]
+
+def _measure_pings(agent: bare.Agent, client: Client, gateway: Gateway, planned: Sequence[str]) -> None:
+    request = guest_pb2.GuestPingRequest(name="bench")
+    calls = {
+        "bare socket": _timed(agent.ping),
+        "vmherd over gRPC": _timed(lambda: client.guest.Ping(request)),
+        "vmherd over HTTP": _timed(lambda: gateway.call("GET", "/v1/instances/bench/guest/ping")),
+    }
+    with contextlib.ExitStack() as stack:
+        if why := libvirt.missing():
+            print(f"\nlibvirt is not measured: {why}")
+        else:
+            calls["python-libvirt"] = stack.enter_context(libvirt.pings(planned, copy.MEMORY_MIB))
+        print(f"\nGuest agent ping, medians of {PINGS} in turn")
+        medians_s = _print_in_turn(PINGS, calls)
+    if "python-libvirt" in medians_s:
+        ratio = medians_s["vmherd over gRPC"] / medians_s["python-libvirt"]
+        print(f"  vmherd over gRPC to python-libvirt: ratio {ratio:.2f} (at most 1.00)")
+
+
+def _measure_runs(agent: bare.Agent, client: Client) -> None:
+    request = process_pb2.RunRequest(name="bench", command=PROGRAM)
+    print(f"\nexec {' '.join(PROGRAM)}, from request to exit code, medians of {RUNS} in turn")
+    calls = {
+        "bare socket": lambda: agent.run(*PROGRAM),
+        "vmherd over gRPC": lambda: client.processes.Run(request),
+        "its output as it comes": lambda: list(client.processes.RunStream(request)),
+    }
+    _print_in_turn(RUNS, {name: _timed(call) for name, call in calls.items()})
+
+
+def _timed(call: Callable[[], object]) -> Callable[[], float]:
+    """The same call, which gives the seconds that it took."""
+
+    def timed() -> float:
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+
+    return timed
+
+
+def _print_in_turn(rounds: int, calls: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Makes the calls in turn, prints the median time of each and its ratio to the first, and gives the medians."""
+    times_s: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times_s[name].append(call())
+    medians_s = {name: statistics.median(column) for name, column in times_s.items()}
+    first_s = next(iter(medians_s.values()))
+    for name, median_s in medians_s.items():
+        print(f"  {name:<22} {median_s * 1e3:8.3f} ms   ratio {median_s / first_s:.2f}")
+    return medians_s
 
 
 def _resident_mib(pid: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 ANSWER_TIMEOUT_S = 60.0
 CONNECT_INTERVAL_S = 0.002
@@ -35,12 +37,44 @@ class Agent:
                 time.sleep(CONNECT_INTERVAL_S)
         self._lines = self._socket.makefile("rb")
 
-    def ping(self) -> None:
-        """One guest-ping and its answer. Written before the agent listens, it is answered as soon as it does."""
-        self._socket.sendall(b'{"execute":"guest-ping"}\n')
+    def call(self, command: str, **arguments: object) -> Any:
+        """One command and its answer. Written before the agent listens, it is answered as soon as it does."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         answer = json.loads(self._lines.readline())
-        if answer != {"return": {}}:
-            raise RuntimeError(f"guest-ping was answered {answer}")
+        if "return" not in answer:
+            raise RuntimeError(f"{command} was answered {answer}")
+        return answer["return"]
+
+    def ping(self) -> None:
+        """One guest-ping and its answer."""
+        self.call("guest-ping")
+
+    def run(self, *argv: str) -> int:
+        """Runs a program as the two commands allow it, asking for its end without a pause, and gives its exit code."""
+        path, *words = argv
+        pid = self.call("guest-exec", path=path, arg=words, **{"capture-output": True})["pid"]
+        while not (status := self.call("guest-exec-status", pid=pid))["exited"]:
+            pass
+        exit_code: int = status["exitcode"]
+        return exit_code
+
+    def read_file(self, path: str, chunk_bytes: int) -> int:
+        """Reads a file to its end and gives its size."""
+        handle, size_bytes, eof = self.call("guest-file-open", path=path), 0, False
+        while not eof:
+            answer = self.call("guest-file-read", handle=handle, count=chunk_bytes)
+            size_bytes += len(base64.b64decode(answer["buf-b64"]))
+            eof = answer["eof"]
+        self.call("guest-file-close", handle=handle)
+        return size_bytes
+
+    def write_file(self, path: str, size_bytes: int, chunk_bytes: int) -> None:
+        """Writes a file of zeros."""
+        handle = self.call("guest-file-open", path=path, mode="w")
+        for _ in range(0, size_bytes, chunk_bytes):
+            chunk = base64.b64encode(bytes(chunk_bytes)).decode()
+            self.call("guest-file-write", handle=handle, **{"buf-b64": chunk})
+        self.call("guest-file-close", handle=handle)
 
     def close(self) -> None:
         """Lets go of the socket."""

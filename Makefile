@@ -10,7 +10,7 @@ STUBS := src/vmherd/api/descriptors.binpb
 
 .PHONY: help
 help: ## List the targets.
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([-a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 .PHONY: setup
 setup: .venv/.ready $(STUBS) ## Install what is missing: Debian packages, a .venv with pinned packages.
@@ -24,8 +24,12 @@ run: setup ## Keep the three processes running in the foreground (./start.sh has
 	@./start.sh
 
 .PHONY: test
-test: lint ## Run every check and every test.
+test: lint ## Run every check and every test but the slow ones.
 	$(BIN)/pytest
+
+.PHONY: test-slow
+test-slow: setup ## Run the tests that take a full Debian guest, which is made on the way.
+	$(BIN)/pytest tests/slow
 
 .PHONY: lint
 lint: setup ## Check style, types, imports and protos.

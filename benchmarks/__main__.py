@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import agent as agent_client
 from benchmarks import bare, copy, libvirt
 from vmherd.api.v1 import guest_pb2, process_pb2
 from vmherd.cli.herd_files import Flags
@@ -52,6 +53,7 @@ class Gateway:
 
 def main() -> None:
     """Measures everything and prints it."""
+    agent_client.measure()
     directory = Path(tempfile.mkdtemp(prefix="vmherd-"))
     try:
         asyncio.run(_bench(Herd(directory)))

@@ -36,6 +36,7 @@ class HerdUnderTest:
 
     def __init__(self, directory: Path, image: KernelImage) -> None:
         self.directory = directory
+        self.image = image.name
         self.files = Herd(directory)
         self.state = StateDirectory(directory / "state")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -94,7 +95,7 @@ class HerdUnderTest:
     def wait_ready(self) -> None:
         """Waits until an HTTP request reaches the controller and the controller reaches the helper."""
         self.eventually(lambda: self.http.get("/readyz").status_code == 200, READY_TIMEOUT_S)
-        plan = {"name": "readiness-probe"}
+        plan = {"name": "readiness-probe", "image": self.image}
         self.eventually(lambda: self.http.post("/v1/instances:plan", json=plan).status_code == 200, READY_TIMEOUT_S)
 
     def eventually(self, condition: Callable[[], bool], timeout_s: float = BOOT_TIMEOUT_S) -> None:
@@ -131,17 +132,17 @@ class HerdUnderTest:
         """Names one boot of a guest."""
         return self.shell("cat /proc/sys/kernel/random/boot_id", name=name)
 
-    def wait(self, name: str = "web", until: str = "AGENT") -> dict[str, Any]:
+    def wait(self, name: str = "web", until: str = "AGENT", timeout_s: float = BOOT_TIMEOUT_S) -> dict[str, Any]:
         """Waits for a condition and gives the instance as it is then."""
-        lines = self.stream(f"/v1/instances/{name}/wait", until=until, timeout=f"{BOOT_TIMEOUT_S:g}s")
+        lines = self.stream(f"/v1/instances/{name}/wait", timeout_s, until=until, timeout=f"{timeout_s:g}s")
         last = list(lines)[-1]
         assert "result" in last, last
         instance: dict[str, Any] = last["result"]["instance"]
         return instance
 
-    def stream(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
-        """The messages of a stream, one by one."""
-        with self.http.stream("GET", path, params=query) as response:
+    def stream(self, path: str, quiet_s: float = BOOT_TIMEOUT_S, /, **query: Any) -> Iterator[dict[str, Any]]:
+        """The messages of a stream, one by one; there is at most `quiet_s` without one."""
+        with self.http.stream("GET", path, params=query, timeout=quiet_s) as response:
             for line in response.iter_lines():
                 yield json.loads(line)
 

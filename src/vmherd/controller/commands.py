@@ -10,7 +10,8 @@ from types import MappingProxyType
 from vmherd.controller.freeze import THAW_AFTER_DEFAULT_S
 from vmherd.controller.happening import Happening
 from vmherd.controller.supervisor import Supervisor
-from vmherd.guest_agent import AgentError, AgentNotConnected, AgentUnresponsive
+from vmherd.guest_agent import AgentError, AgentNotConnected, AgentUnresponsive, CommandFailed
+from vmherd.model.readiness import Rung
 
 SHUTDOWN_MODES = MappingProxyType(
     {
@@ -88,6 +89,7 @@ async def _execute_silent(
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     generation, before = supervisor.instance.generation, Counter(supervisor.happened)
+    agent_since_s = _agent_since_s(supervisor)
 
     def done() -> bool:
         return any(supervisor.happened[happening] > before[happening] for happening in completion)
@@ -95,8 +97,12 @@ async def _execute_silent(
     def ended() -> bool:
         return supervisor.ended.is_set() or supervisor.instance.generation != generation
 
+    def goes_on() -> bool:
+        # On its way the guest has closed the agent's port, and what the agent said of its failure was lost with that.
+        return command in SUSPENDS and _agent_since_s(supervisor) not in (None, agent_since_s)
+
     sending = asyncio.create_task(supervisor.open_agent().send(command, arguments, timeout_s=timeout_s))
-    happening = asyncio.create_task(supervisor.until(lambda: done() or ended()))
+    happening = asyncio.create_task(supervisor.until(lambda: done() or ended() or goes_on()))
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.wait((sending, happening), return_when=asyncio.FIRST_COMPLETED)
@@ -114,6 +120,13 @@ async def _execute_silent(
         sending.cancel()
         happening.cancel()
         await asyncio.gather(sending, happening, return_exceptions=True)
+    if not done() and not ended():
+        raise CommandFailed(
+            "GenericError",
+            "the guest did not stay suspended: its agent is back",
+            command=command,
+            elapsed_s=loop.time() - started_s,
+        )
     if not done():
         raise AgentNotConnected(
             f"{command}: the machine has ended otherwise",
@@ -122,6 +135,11 @@ async def _execute_silent(
             outcome_unknown=True,
         )
     return {}
+
+
+def _agent_since_s(supervisor: Supervisor) -> float | None:
+    """Since when there is an agent that answers."""
+    return next((step.reached_at_s for step in supervisor.instance.readiness.steps if step.rung is Rung.AGENT), None)
 
 
 def _raise_if_refused(sending: asyncio.Task[None]) -> None:

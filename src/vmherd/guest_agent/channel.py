@@ -214,7 +214,7 @@ class Channel:
         self._address = address_of(address)
         self._connection: _Connection | None = None
         self._turn = asyncio.Lock()  # first come, first served
-        self._port_closed: _PortClosed | None = None
+        self._why_closed = ""
         self._closed = False
         self._session = 0
         self._callers = 0
@@ -255,10 +255,10 @@ class Channel:
         `why` is for their callers: it says what closed it.
         """
         self._session += 1
-        self._port_closed = None
+        self._why_closed = ""
         if port_open is False:
-            self._port_closed = _PortClosed(why or "no agent in the guest holds its end of the channel open")
-            self._drop(self._port_closed)
+            self._why_closed = why or "no agent in the guest holds its end of the channel open"
+            self._drop(_PortClosed(self._why_closed))
 
     async def close(self) -> None:
         """Close the connection; calls on their way, and later ones, raise AgentNotConnected."""
@@ -337,8 +337,8 @@ class Channel:
     def _check_open(self) -> None:
         if self._closed:
             raise EOFError("this client was closed")
-        if self._port_closed:
-            raise self._port_closed
+        if self._why_closed:
+            raise _PortClosed(self._why_closed)
 
     def _lost(self, call: _Call, error: Exception) -> AgentError:
         if isinstance(error, _PortClosed):

@@ -108,6 +108,17 @@ async def test_an_agent_that_ends_before_its_guest_is_no_failure(world: World, r
         assert await executing == {}
 
 
+async def test_a_guest_that_did_not_stay_suspended(world: World, run: InstanceRun) -> None:
+    async with with_agent(world, run) as (supervisor, qemu, agent):
+        executing = await begin(supervisor, agent, "guest-suspend-disk", {})
+        qemu.say(AGENT_LEAVES)
+        await supervisor.until(lambda: not reached(supervisor, Rung.AGENT))
+        assert not executing.done()
+        qemu.say(AGENT_OPENS)
+        with pytest.raises(CommandFailed, match="its agent is back"):
+            await executing
+
+
 async def test_a_machine_that_ends_otherwise(world: World, run: InstanceRun) -> None:
     async with with_agent(world, run) as (supervisor, qemu, agent):
         executing = await begin(supervisor, agent, "guest-shutdown", {})

@@ -241,8 +241,11 @@ def test_an_instance_that_is_not_there_on_every_route(herd: HerdUnderTest, name:
     routes = [(method, path) for path, methods in paths.items() if "{name}" in path for method in methods]
     assert len(routes) >= 14
     for method, path in routes:
+        if method == "head":
+            continue  # it has no body to tell why
         body = {"json": {"command": ["true"]} if path.endswith(STARTING) else {}} if method == "post" else {}
-        response = herd.http.request(method, path.replace("{name}", name), **body)
+        query = {"path": "/etc/hostname"} if path.endswith("/files") else {}
+        response = herd.http.request(method, path.replace("{name}", name), params=query, **body)
         refused(response, 404, "NOT_FOUND", "INSTANCE_NOT_FOUND", f"no instance is called '{shown[:700]}")
 
 

@@ -17,6 +17,7 @@ from vmherd.controller.agent_calls import Context, time_left_s, to_vmherd_error
 from vmherd.controller.agent_json import Mismatch, arguments_of, fill
 from vmherd.controller.freeze import THAW_AFTER_DEFAULT_S, THAW_AFTER_MAX_S
 from vmherd.controller.herd import Herd
+from vmherd.controller.supervisor import Supervisor
 from vmherd.guest_agent import AgentError
 from vmherd.guest_agent.wire import MAX_FILE_READ_BYTES, MalformedReply, parse_json
 from vmherd.model import errors
@@ -49,9 +50,10 @@ class GuestServicer:
 
     async def call(self, method: MethodDescriptor, request: Any, context: Context) -> Message:
         """Carries out the agent command of an RPC."""
+        supervisor = self._herd.find(request.name)
         command = COMMANDS[method.name]
         _check(command, request)
-        result = await self._execute(request, command, arguments_of(request), context)
+        result = await self._execute(supervisor, request, command, arguments_of(request), context)
         response = GetMessageClass(method.output_type)()
         try:
             fill(response, result)
@@ -64,15 +66,23 @@ class GuestServicer:
         return response
 
     async def Execute(self, request: guest_pb2.GuestExecuteRequest, context: Context) -> guest_pb2.GuestExecuteResponse:
+        supervisor = self._herd.find(request.name)
         if not _COMMAND_NAME.fullmatch(request.command):
             raise InvalidArgument.of(
                 [FieldViolation("command", "must be the name of an agent's command, such as guest-get-osinfo")]
             )
-        result = await self._execute(request, request.command, _parse_arguments(request.arguments_json), context)
+        arguments = _parse_arguments(request.arguments_json)
+        result = await self._execute(supervisor, request, request.command, arguments, context)
         return guest_pb2.GuestExecuteResponse(result_json=json.dumps(result, ensure_ascii=False, allow_nan=False))
 
-    async def _execute(self, request: Any, command: str, arguments: Mapping[str, object], context: Context) -> object:
-        supervisor = self._herd.find(request.name)
+    async def _execute(
+        self,
+        supervisor: Supervisor,
+        request: Any,
+        command: str,
+        arguments: Mapping[str, object],
+        context: Context,
+    ) -> object:
         try:
             return await commands.execute(
                 supervisor,

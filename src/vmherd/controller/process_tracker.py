@@ -320,14 +320,15 @@ class ProcessTracker:
                 await self._ask(tracked)
 
     async def _ask(self, tracked: _Tracked) -> None:
-        record = tracked.record
-        is_late = record.deadline_at_s is not None and time.time() >= record.deadline_at_s
+        deadline_at_s = tracked.record.deadline_at_s
+        is_late = deadline_at_s is not None and time.time() >= deadline_at_s
         process = self._process(tracked)
         try:
             if not await process.has_ended():
                 if not is_late:
                     return
-                record = replace(record, reason="its time was up")
+                # Before it ends: another look may be the first to see the end.
+                tracked.record = replace(tracked.record, reason="its time was up")
                 await process.end()
         except CommandUnfinished as error:
             if isinstance(error.__cause__, CommandFailed):
@@ -337,7 +338,7 @@ class ProcessTracker:
         result = process.result
         if result and tracked.record.state is ProcessState.RUNNING:
             ended = replace(
-                record,
+                tracked.record,
                 state=ProcessState.EXITED,
                 ended_at_s=time.time(),
                 exit_code=exit_code_of(result),

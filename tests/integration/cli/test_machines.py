@@ -61,8 +61,8 @@ def test_the_commands_of_a_life(herd: Herd, cli: Cli) -> None:
         assert [instance["readiness"]["reached"] for instance in listed["instances"]] == ["ADDRESS"]
 
         assert cli("exec", "web", "--", "hostname").stdout == "web\n"
-        script = 'cat; echo "$A" >&2; exit 7'
-        ran = cli("exec", "web", "--env", "A=1", "--input", "-", "--", "sh", "-c", script, input=b"\x00\xff")
+        script = r"""printf '\000\377'; echo "$A" >&2; exit 7"""
+        ran = cli("exec", "web", "--env", "A=1", "--", "sh", "-c", script)
         assert (ran.exit_code, ran.stdout_bytes, ran.stderr) == (7, b"\x00\xff", "1\n")
 
         assert cli("pause", "web").stdout == "web: paused at 10.0.2.15\n"

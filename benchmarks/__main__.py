@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import agent as agent_client
-from benchmarks import bare, copy, libvirt
+from benchmarks import bare, copy, libvirt_peer
 from vmherd.api.v1 import guest_pb2, process_pb2
 from vmherd.cli.herd_files import Flags
 from vmherd.cli.processes import Processes
@@ -49,6 +49,10 @@ class Gateway:
         if response.status != http.client.OK:
             raise RuntimeError(f"{method} {path}: {lines}")
         return json.loads(lines[-1])
+
+    def close(self) -> None:
+        """Closes the connection; the next call makes a new one. The gateway closes one that was idle for 5 s."""
+        self._connection.close()
 
 
 def main() -> None:
@@ -111,6 +115,7 @@ def _measure(herd: Herd, processes: Processes) -> None:
         _measure_pings(agent, client, gateway, planned)
         _measure_runs(agent, client)
         copy.measure("bench", agent, client, lambda: _resident_mib(controller_pid))
+    gateway.close()
     gateway.call("DELETE", "/v1/instances/bench?force=true")
 
 
@@ -122,10 +127,11 @@ def _measure_pings(agent: bare.Agent, client: Client, gateway: Gateway, planned:
         "vmherd over HTTP": _timed(lambda: gateway.call("GET", "/v1/instances/bench/guest/ping")),
     }
     with contextlib.ExitStack() as stack:
-        if why := libvirt.missing():
+        if why := libvirt_peer.missing():
             print(f"\nlibvirt is not measured: {why}")
         else:
-            calls["python-libvirt"] = stack.enter_context(libvirt.pings(planned, copy.MEMORY_MIB))
+            calls["python-libvirt"] = stack.enter_context(libvirt_peer.pings(planned, copy.MEMORY_MIB))
+        gateway.close()
         print(f"\nGuest agent ping, medians of {PINGS} in turn")
         medians_s = _print_in_turn(PINGS, calls)
     if "python-libvirt" in medians_s:

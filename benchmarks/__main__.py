@@ -67,12 +67,17 @@ def main() -> None:
 
 async def _bench(herd: Herd) -> None:
     async with herd_up(herd, herd.path / "state", Flags(http="127.0.0.1:0", accelerator="tcg")) as (processes, _):
-        await asyncio.to_thread(_measure, herd, processes)
+        gateway = Gateway(processes.http, herd.token.read_text().strip())
+        try:
+            await asyncio.to_thread(_measure, herd, processes, gateway)
+        finally:
+            gateway.close()
+            for instance in gateway.call("GET", "/v1/instances")["instances"]:
+                gateway.call("DELETE", f"/v1/instances/{instance['name']}?force=true")
 
 
-def _measure(herd: Herd, processes: Processes) -> None:
+def _measure(herd: Herd, processes: Processes, gateway: Gateway) -> None:
     state = StateDirectory(herd.path / "state")
-    gateway = Gateway(processes.http, herd.token.read_text().strip())
     planned = gateway.call("POST", "/v1/instances:plan", {"name": "bench"})["argv"]
     version = subprocess.run([planned[0], "--version"], capture_output=True, text=True, check=True).stdout
     print(f"{version.splitlines()[0]}, TCG; Python {platform.python_version()}; {platform.machine()}")
@@ -115,8 +120,6 @@ def _measure(herd: Herd, processes: Processes) -> None:
         _measure_pings(agent, client, gateway, planned)
         _measure_runs(agent, client)
         copy.measure("bench", agent, client, lambda: _resident_mib(controller_pid))
-    gateway.close()
-    gateway.call("DELETE", "/v1/instances/bench?force=true")
 
 
 def _measure_pings(agent: bare.Agent, client: Client, gateway: Gateway, planned: Sequence[str]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from vmherd.guest_agent.address import Address
 from vmherd.guest_agent.channel import Channel
@@ -66,6 +66,7 @@ class GuestAgent:
         self._channel = Channel(address)
         self._info: AgentInfo | None = None
         self._info_session = self._channel.session
+        self._background: set[asyncio.Task[None]] = set()
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float) -> object:
         """Run one of the agent's commands and give its JSON value as it came, with exact integers.
@@ -142,9 +143,18 @@ class GuestAgent:
         """
         self._channel.set_port_open(port_open, why)
 
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do work that nobody waits for, until `close`."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     async def close(self) -> None:
         """Close the connection for good: calls on their way, and later ones, raise AgentNotConnected."""
+        for task in self._background:
+            task.cancel()
         await self._channel.close()
+        await asyncio.gather(*self._background, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,6 +1,7 @@
 """The one owner of an agent's socket: many callers, one command at a time.
 
-The agent hears one client at a time and answers in order, so calls wait for their turn in the order in which they came.
+The agent hears one client at a time and answers in order, so calls wait for their turn in the order in which they came;
+urgent ones wait for the call that is under way alone.
 A connection is used only while both sides are known to be in step. Whatever else happens to a call (deadline, cancel,
 end of file, nonsense), its connection is closed at once, and the next call connects and synchronizes again. Closing
 withdraws a request that the guest has not read yet; a reply that comes later all the same is void, since it comes
@@ -16,6 +17,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar, cast
@@ -43,6 +45,9 @@ from vmherd.guest_agent.wire import (
 E = TypeVar("E", bound=AgentError)
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+is_urgent: ContextVar[bool] = ContextVar("is_urgent", default=False)
+"""Set for what a caller still has to do before it can leave, such as to end its program."""
 
 _READ_BYTES = 128 << 10
 _FULL_QUEUE_PAUSE_S = 0.02
@@ -213,7 +218,9 @@ class Channel:
     def __init__(self, address: str | os.PathLike[str] | Address) -> None:
         self._address = address_of(address)
         self._connection: _Connection | None = None
-        self._turn = asyncio.Lock()  # first come, first served
+        # Both are first come, first served. Calls line up for their turn one after the other, urgent ones beside them.
+        self._line = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._why_closed = ""
         self._closed = False
         self._session = 0
@@ -279,15 +286,14 @@ class Channel:
         try:
             if timeout_s <= 0:
                 raise _Late  # before anything is sent
-            if self._callers == 1:
-                await self._turn.acquire()  # nobody has it
-            else:
-                async with _until(deadline_s):
-                    await self._turn.acquire()
-            try:
+            async with contextlib.AsyncExitStack() as held:
+                for lock in (self._turn,) if is_urgent.get() else (self._line, self._turn):
+                    if self._callers == 1:
+                        await held.enter_async_context(lock)  # nobody has it
+                    else:
+                        async with _until(deadline_s):
+                            await held.enter_async_context(lock)
                 return await self._exchange(call, request, reader, deadline_s)
-            finally:
-                self._turn.release()
         except _Late as error:
             raise call.error(AgentUnresponsive, f"{timeout_s:.3g} s were not enough: {call.stage.value}") from error
         finally:

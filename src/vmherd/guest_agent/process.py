@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from types import MappingProxyType
 
 from vmherd.guest_agent import programs, spool
@@ -31,7 +32,7 @@ from vmherd.guest_agent.errors import (
     CommandUnavailable,
     CommandUnfinished,
 )
-from vmherd.guest_agent.holding import held, uninterrupted
+from vmherd.guest_agent.holding import eventually, held, uninterrupted, urgently
 from vmherd.guest_agent.programs import CommandResult, pauses
 from vmherd.guest_agent.spool import CALL_TIMEOUT_S, Output, Stream
 
@@ -40,7 +41,11 @@ END_TIMEOUT_S = 10.0
 """Until a program that is ended has to be gone; SIGKILL comes after 2 s."""
 
 CLEAN_UP_TIMEOUT_S = 3.0
-"""For each call at the end of a program: an agent that hangs must not hold its callers for long."""
+"""For each call at the end of a program: an agent that hangs must not hold its callers for long. Such calls are urgent,
+so that those of others take nothing of it."""
+
+REMOVE_TRIES = 3
+"""`rm` fails where a file is made while it removes the folder, as happens when a program is ended."""
 
 INPUT_PIECE_BYTES = 512 << 10
 
@@ -65,11 +70,12 @@ class Process:
         self._agent = agent
         self._asking = asyncio.Lock()
         self._input = AsyncExitStack()
-        self._fifo = ""
+        self._takes_input = False
         self._feeder: Process | None = None
         self._failure: Exception | None = None
         self._since = asyncio.get_running_loop().time()
         self._told_to_end = False
+        self._was_begun = False
 
     async def has_ended(self, *, timeout_s: float = CALL_TIMEOUT_S) -> bool:
         """Tell whether the program has ended, and take note of its result.
@@ -91,8 +97,10 @@ class Process:
             if left_s <= 0:
                 break
             await asyncio.sleep(min(pause_s, left_s))
-            # A reply that comes too late is lost, so the last question has a moment even if its time is up.
-            if await self.has_ended(timeout_s=max(deadline - loop.time(), 0.1)):
+            left_s = deadline - loop.time()
+            # A reply that comes too late is lost, and the result with it, so there is a margin.
+            question = self.has_ended(timeout_s=max(left_s, 0) + CLEAN_UP_TIMEOUT_S)
+            if await (question if left_s > 0 else urgently(question)):
                 break
         if self.result is None:
             raise TimeoutError
@@ -124,20 +132,14 @@ class Process:
 
         Raises what `GuestAgent` raises, and CommandUnfinished: then some of the input may be lost.
         """
-        if not self._fifo:
-            return
         for start in range(0, len(data), INPUT_PIECE_BYTES):
-            self._feeder = await uninterrupted(self._start_feeder(data[start : start + INPUT_PIECE_BYTES]))
-            for pause_s in pauses():
-                if self.result is not None:
-                    return
-                if await self._feeder.has_ended():
-                    break
-                await asyncio.sleep(pause_s)
+            if not self._takes_input:
+                return
+            await self._feed(data[start : start + INPUT_PIECE_BYTES])
 
     async def close_input(self) -> None:
         """Tell the program that its input has ended."""
-        self._fifo = ""
+        self._takes_input = False
         await uninterrupted(self._input.aclose())
 
     def fail(self, error: Exception) -> None:
@@ -158,44 +160,67 @@ class Process:
 
         Raises CommandUnfinished if the end was not seen.
         """
-        if not await self.has_ended(timeout_s=CLEAN_UP_TIMEOUT_S):
-            self._told_to_end = True
-            try:
-                async with asyncio.timeout(END_TIMEOUT_S):
-                    await programs.end_family(self._agent, self.pid, timeout_s=END_TIMEOUT_S)
-                return await self.wait(timeout_s=CLEAN_UP_TIMEOUT_S)
-            except TimeoutError as error:
-                raise self._unfinished("it did not end when it was told to") from error
-            except CommandUnfinished:
-                raise
-            except AgentError as error:
-                raise self._unfinished(f"it could not be ended: {error.message}") from error
-        assert self.result is not None  # noqa: S101
-        return self.result
+        return await urgently(self._end())
 
     async def remove_files(self) -> None:
         """Remove what the program wrote from the guest."""
         if self.token:
-            files = [spool.path_of(self.token, end) for end in ("out", "err", "in")]
-            with suppress(TimeoutError):  # it is under way
-                await programs.complete(self._agent, ["rm", "-f", *files], timeout_s=CLEAN_UP_TIMEOUT_S)
+            words = ["rm", "-rf", "--", spool.folder_of(self.token)]
+            for _ in range(REMOVE_TRIES):
+                removing = programs.complete(self._agent, words, timeout_s=CLEAN_UP_TIMEOUT_S)
+                if (await urgently(removing)).exit_code == 0:
+                    return
+
+    async def _end(self) -> CommandResult:
+        if await self.has_ended(timeout_s=CLEAN_UP_TIMEOUT_S):
+            assert self.result is not None  # noqa: S101
+            return self.result
+        self._told_to_end = True
+        try:
+            await programs.end_family(self._agent, self.pid, timeout_s=END_TIMEOUT_S)
+        except CommandUnfinished as error:
+            raise self._unfinished("it did not end when it was told to") from error
+        except AgentError as error:
+            self._told_to_end = not isinstance(error, AgentFrozen)
+            raise self._unfinished(f"it could not be ended: {error.message}") from error
+        try:
+            return await self.wait(timeout_s=CLEAN_UP_TIMEOUT_S)
+        except TimeoutError as error:
+            raise self._unfinished("it did not end when it was told to") from error
 
     async def _ask(self, timeout_s: float) -> None:
         with suppress(AgentFrozen):  # after the thaw it answers
             try:
-                self.result = await programs.ask_status(self._agent, self.pid, timeout_s=timeout_s)
+                result = await programs.ask_status(self._agent, self.pid, timeout_s=timeout_s)
+                if result and self.token:
+                    self._was_begun = result.stdout == spool.OPEN
+                    result = replace(result, stdout=b"")
+                self.result = result
             except AgentFrozen:
                 raise
             except AgentError as error:
                 raise self._unfinished(f"its end was not seen: {error.message}") from error
 
-    async def _start_feeder(self, piece: bytes) -> Process:
-        """Start what writes a piece of input: `tee` waits for room, which the agent's own write does not."""
+    async def _feed(self, piece: bytes) -> None:
+        """Write a piece of input with a program, which waits for room; the agent's own write does not."""
         waits = pauses()
-        while True:
+        feeder: Process | None = None
+        while self.result is None:
             with suppress(AgentFrozen):
-                return await _start_captured(self._agent, ["tee", self._fifo], piece)
+                if not feeder:
+                    feeder = await uninterrupted(self._start_feeder(piece))
+                if await feeder.has_ended():
+                    break
             await asyncio.sleep(next(waits))
+        if feeder and feeder.result and feeder.result.exit_code != 0 and not await self.has_ended():
+            raise self._unfinished("some of its input is lost: what passes it on failed")
+
+    async def _start_feeder(self, piece: bytes) -> Process:
+        words = spool.feeding(self.token)
+        timeout_s = CALL_TIMEOUT_S
+        pid = await programs.start(self._agent, words, input_data=piece, keep_output=False, timeout_s=timeout_s)
+        self._feeder = Process(self._agent, pid)
+        return self._feeder
 
     async def _has_ended_well(self) -> bool:
         if self._failure:
@@ -210,7 +235,7 @@ class Process:
     async def _open_input(self) -> None:
         fifo = spool.path_of(self.token, "in")
         await self._input.enter_async_context(spool.opened(self._agent, fifo, "r+"))  # which waits for no other side
-        self._fifo = fifo
+        self._takes_input = True
 
     async def _expire(self, timeout_s: float) -> None:
         await asyncio.sleep(timeout_s)
@@ -223,18 +248,20 @@ class Process:
 
     async def _clean_up(self) -> None:
         """Leave no process and no file behind, as far as the agent still answers: nobody listens any more."""
+        await eventually(self._agent, self._tidy)
+
+    async def _tidy(self) -> None:
         try:
             if self.result is None and not self._told_to_end:
                 await self.end()
         except CommandUnfinished as error:
-            if isinstance(error.__cause__, AgentUnavailable):
-                return
-        with suppress(AgentError, TimeoutError):
+            if isinstance(error.__cause__, AgentUnavailable | AgentFrozen):
+                raise error.__cause__ from None
+        with suppress(CommandUnfinished, TimeoutError):
             await self.close_input()
-            if self._feeder:
+            if self._feeder and not self._feeder.result:
                 await self._feeder.wait(timeout_s=CLEAN_UP_TIMEOUT_S)
-        with suppress(AgentError):
-            await self.remove_files()
+        await self.remove_files()
 
 
 async def run(
@@ -381,17 +408,22 @@ async def _check_readable(agent: GuestAgent, timeout_s: float) -> None:
 
 async def _until_spooled(process: Process, agent: GuestAgent) -> None:
     """Return once the shell has made the program's files, after which it becomes the program."""
-    async with asyncio.timeout(CALL_TIMEOUT_S):
-        for pause_s in pauses():
-            ended = await process.has_ended()
-            try:
-                async with spool.opened(agent, spool.path_of(process.token, "out"), "r"):
-                    return
-            except CommandFailed as error:
-                if ended and process.result:
-                    said = process.result.stderr.decode(errors="replace").strip()
-                    raise NoLiveOutput(f"the guest's shell cannot write to {spool.FOLDER} ({said})") from error
-            await asyncio.sleep(pause_s)
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + CALL_TIMEOUT_S
+    for pause_s in pauses():
+        ended = await process.has_ended()
+        try:
+            async with spool.opened(agent, spool.path_of(process.token, "out"), "r"):
+                return
+        except CommandFailed as error:
+            if process._was_begun:
+                return  # and it has removed its files
+            if ended and process.result:
+                said = process.result.stderr.decode(errors="replace").strip()
+                raise NoLiveOutput(f"the guest's shell cannot write to {spool.FOLDER} ({said})") from error
+        if loop.time() >= deadline_s:
+            raise process._unfinished(f"its shell did not open its files in {spool.FOLDER}")
+        await asyncio.sleep(pause_s)
 
 
 async def _start_captured(

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmherd.guest_agent.agent import GuestAgent
-from vmherd.guest_agent.errors import CommandFailed
+from vmherd.guest_agent.errors import CommandFailed, CommandUnfinished
+from vmherd.guest_agent.holding import uninterrupted
 from vmherd.guest_agent.wire import MalformedReply, member, optional
 
 # Most programs end within milliseconds. The pauses grow, so that one that runs for long leaves the agent to others.
@@ -47,10 +48,11 @@ async def start(
     *,
     input_data: bytes = b"",
     env: Mapping[str, str] | None = None,
+    keep_output: bool = True,
     timeout_s: float,
 ) -> int:
     """Start a program and give its process id. Raises what `GuestAgent` raises; CommandFailed if there is none."""
-    arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
+    arguments: dict[str, object] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": keep_output}
     if input_data:
         arguments["input-data"] = base64.b64encode(input_data).decode()
     if env is not None:
@@ -64,14 +66,26 @@ async def ask_status(agent: GuestAgent, pid: int, *, timeout_s: float) -> Comman
 
 
 async def complete(agent: GuestAgent, argv: Sequence[str], *, timeout_s: float) -> CommandResult:
-    """Run one of our own programs, which ends by itself within moments. Raises TimeoutError if it does not."""
-    async with asyncio.timeout(timeout_s):
-        pid = await start(agent, argv, timeout_s=timeout_s)
-        for pause_s in pauses():
-            await asyncio.sleep(pause_s)
-            if result := await ask_status(agent, pid, timeout_s=timeout_s):
-                return result
-    raise AssertionError("the pauses have no end")
+    """Run one of our own programs, which ends by itself within moments, to its end, also for a caller that leaves.
+
+    Raises what `GuestAgent` raises, and CommandUnfinished if it does not end.
+    """
+    return await uninterrupted(_complete(agent, argv, timeout_s))
+
+
+async def _complete(agent: GuestAgent, argv: Sequence[str], timeout_s: float) -> CommandResult:
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    pid = await start(agent, argv, timeout_s=timeout_s)
+    for pause_s in pauses():
+        await asyncio.sleep(pause_s)
+        left_s = started_s + timeout_s - loop.time()
+        if left_s <= 0:
+            break
+        if result := await ask_status(agent, pid, timeout_s=left_s):
+            return result
+    message = f"process {pid} ({argv[0]}) did not end within {timeout_s:.3g} s"
+    raise CommandUnfinished(message, command="guest-exec", elapsed_s=loop.time() - started_s, pid=pid)
 
 
 # The agent is the parent of what it started and of this script. So a process that has the id of a program that is gone
@@ -125,7 +139,7 @@ while [ $tries -lt 40 ]; do
   alive=
   for member in $members; do is_alive "$member" && alive=yes && break; done
   [ "$alive" ] || exit 0
-  sleep 0.05
+  sleep 0.05 2>/dev/null || { sleep 1; tries=$((tries + 19)); }
   tries=$((tries + 1))
 done
 family
@@ -139,7 +153,7 @@ _GONE = 3
 async def signal_family(agent: GuestAgent, pid: int, number: int, *, timeout_s: float) -> bool:
     """Send a signal to a program and to the processes that it started; False if it is gone.
 
-    Raises what `GuestAgent` raises, CommandFailed if there is no shell or no such signal, and TimeoutError.
+    Raises what `GuestAgent` raises, CommandFailed if there is no shell or no such signal, and CommandUnfinished.
     """
     return await _run_script(agent, _SIGNAL, pid, str(number), timeout_s=timeout_s)
 
@@ -147,7 +161,7 @@ async def signal_family(agent: GuestAgent, pid: int, number: int, *, timeout_s: 
 async def end_family(agent: GuestAgent, pid: int, *, timeout_s: float) -> bool:
     """End a program and the processes that it started: SIGTERM, and SIGKILL for those left after 2 s; False if gone.
 
-    Raises what `GuestAgent` raises, CommandFailed if there is no shell, and TimeoutError.
+    Raises what `GuestAgent` raises, CommandFailed if there is no shell, and CommandUnfinished.
     """
     return await _run_script(agent, _END, pid, timeout_s=timeout_s)
 

@@ -1,23 +1,28 @@
 """The files in a guest through which a program's output comes while it runs; the agent itself shows it at the end.
 
-A shell opens the files and becomes the program, so that process id, exit code and signal are the program's own. The
-agent reads a regular file on after its end, so the files are read as they grow. A FIFO brings input: the agent holds it
-open and never writes to it, for its own writes do not wait and lose what does not fit.
+A shell makes a folder, opens all that is in it and becomes the program, so that process id, exit code and signal are
+the program's own. It writes to FIFOs, as it would to pipes: a program that opens its /dev/stderr would empty a file.
+Behind each a `cat` fills a regular file, which the agent reads as it grows, for it reads one on after its end. Another
+FIFO brings input: the agent holds it open and never writes to it, for its own writes do not wait and lose what does not
+fit.
+
+The folder holds `out` and `err`, and `end` once nothing more comes there; the program has `out.pipe`, `err.pipe` and
+`in`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 from vmherd.guest_agent.agent import GuestAgent
-from vmherd.guest_agent.errors import AgentError, AgentFrozen
-from vmherd.guest_agent.holding import held
+from vmherd.guest_agent.errors import AgentFrozen, CommandFailed
+from vmherd.guest_agent.holding import eventually, held, uninterrupted
 from vmherd.guest_agent.programs import decode_bytes, pauses
 from vmherd.guest_agent.wire import MalformedReply, member
 
@@ -28,21 +33,46 @@ CLOSE_TIMEOUT_S = 3.0
 READ_BYTES = 64 << 10
 """Larger pieces are no faster, and keep the agent from others for longer."""
 
-# The umask is read without a process of its own. Variables are named so that they hide none of the program's.
+LINGER_S = 1.0
+"""How long the output of a program that has ended may still come: what it left behind may hold it open for ever."""
+
+OPEN = b"open\n"
+"""What the agent has as the output of a program that was begun: its folder was made and everything is open."""
+
+# The umask is read without a process of its own. Variables are named so that they hide none of the program's. A folder
+# that nobody else can enter comes first, since anybody sees names in /tmp. To open one side of a FIFO waits for the
+# other, so both are opened at once at first; a shell that is killed here leaves no `cat` that waits. The `cat`s are
+# nobody's children: a program would wait for those that it does not know. A program may end before
+# they run, so the files are there before.
 _SCRIPT = """
 { read -r _vmherd_key; read -r _vmherd_key _vmherd_umask; } </proc/self/status
 [ "$_vmherd_key" = Umask: ] || _vmherd_umask=$(umask)
 umask 077
-set -C
-%s
-exec 2>"$1.err" >"$1.out" || exit
+mkdir "$1" && mkfifo "$1/out.pipe" "$1/err.pipe" %s || exit
+exec 3>&1 4<>"$1/out.pipe" 5<>"$1/err.pipe"
+: >"$1/err" >"$1/out"
+(
+  {
+    cat <"$1/out.pipe" >"$1/out" 4>&- 5>&- &
+    cat <"$1/err.pipe" >"$1/err" 4>&- 5>&- &
+    exec 4>&- 5>&-
+    wait
+    : >"$1/end"
+  } >/dev/null 2>&1 3>&- &
+)
+exec >"$1/out.pipe" 2>"$1/err.pipe" 4>&- 5>&-
 umask "$_vmherd_umask"
+echo open >&3
+exec 3>&-
 %s
 shift
 exec "$@"
 """
 _PLAIN = _SCRIPT % ("", "")
-_WITH_INPUT = _SCRIPT % ('mkfifo "$1.in" || exit', 'exec <"$1.in"')
+_WITH_INPUT = _SCRIPT % ('"$1/in"', 'exec <"$1/in"')
+
+# `tee` would make a file where the program has removed the FIFO.
+_FEED = '[ -p "$1" ] && exec cat >"$1"'
 
 
 class Stream(StrEnum):
@@ -66,14 +96,24 @@ def new_token() -> str:
     return secrets.token_hex(16)
 
 
-def path_of(token: str, end: str) -> str:
-    """Give the path of one of a program's files: `out`, `err` or `in`."""
-    return f"{FOLDER}/.vmherd-{token}.{end}"
+def folder_of(token: str) -> str:
+    """Give the path of the folder that a program's files are in."""
+    return f"{FOLDER}/.vmherd-{token}"
+
+
+def path_of(token: str, name: str) -> str:
+    """Give the path of one of a program's files."""
+    return f"{folder_of(token)}/{name}"
 
 
 def wrapped(argv: Sequence[str], token: str, *, with_input: bool) -> list[str]:
     """Give the words that start a program with its output, and perhaps its input, in files."""
-    return [SHELL, "-c", _WITH_INPUT if with_input else _PLAIN, "sh", path_of(token, "")[:-1], *argv]
+    return [SHELL, "-c", _WITH_INPUT if with_input else _PLAIN, "sh", folder_of(token), *argv]
+
+
+def feeding(token: str) -> list[str]:
+    """Give the words that start what passes its own input to a program, and waits until that has room for it."""
+    return [SHELL, "-c", _FEED, "sh", path_of(token, "in")]
 
 
 def opened(
@@ -82,8 +122,8 @@ def opened(
     """Hold a file of the guest open; gives the agent's handle. Raises CommandFailed if there is no such file."""
 
     async def close(handle: int) -> None:
-        with suppress(AgentError):  # a handle that is gone is closed
-            await agent.execute("guest-file-close", {"handle": handle}, timeout_s=CLOSE_TIMEOUT_S)
+        arguments = {"handle": handle}
+        await eventually(agent, lambda: agent.execute("guest-file-close", arguments, timeout_s=CLOSE_TIMEOUT_S))
 
     def parse(value: object) -> int:
         if type(value) is not int:
@@ -97,7 +137,8 @@ def opened(
 async def read(agent: GuestAgent, handle: int) -> tuple[bytes, bool]:
     """Give the next piece of a file, and whether its end was reached."""
     arguments = {"handle": handle, "count": READ_BYTES}
-    return await agent.ask("guest-file-read", _parse_read, arguments, timeout_s=CALL_TIMEOUT_S)
+    # A call that is cancelled would cost everybody the connection.
+    return await uninterrupted(agent.ask("guest-file-read", _parse_read, arguments, timeout_s=CALL_TIMEOUT_S))
 
 
 async def follow(
@@ -106,11 +147,14 @@ async def follow(
     has_ended: Callable[[], Awaitable[bool]],
     *,
     offsets: Mapping[Stream, int] = MappingProxyType({}),
+    linger_s: float = LINGER_S,
 ) -> AsyncGenerator[Output]:
     """Give a program's output from these offsets on, and what comes until it ends.
 
-    `has_ended` tells whether it writes no more. Raises what `GuestAgent` raises; CommandFailed if the files are gone.
+    `has_ended` tells whether the program has ended. Its output may take a moment longer; after `linger_s` the rest is
+    left to those that it started. Raises what `GuestAgent` raises; CommandFailed if the files are gone.
     """
+    loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         files = []
         for stream in Stream:
@@ -118,18 +162,42 @@ async def follow(
             offset = offsets.get(stream, 0)
             if offset:
                 arguments = {"handle": handle, "offset": offset, "whence": "set"}
-                await agent.execute("guest-file-seek", arguments, timeout_s=CALL_TIMEOUT_S)
+                await uninterrupted(agent.execute("guest-file-seek", arguments, timeout_s=CALL_TIMEOUT_S))
             files.append(_GrowingFile(agent, handle, stream, offset))
         waits = pauses()
+        lingers_until_s = None
         while True:
-            ended = await has_ended()  # before the last read, which then leaves nothing out
-            for file in files:
-                async for output in file.news():
-                    yield output
+            # Before the last read, which then leaves nothing out.
+            is_last = False
+            if await has_ended():
+                if lingers_until_s is None:
+                    lingers_until_s = loop.time() + linger_s
                     waits = pauses()
-            if ended:
+                is_last = loop.time() >= lingers_until_s or await _is_there(agent, path_of(token, "end"))
+            has_more = True
+            while has_more:
+                has_more = False
+                for file in files:  # by turns, for either may have no end
+                    try:
+                        output, at_end = await file.read()
+                    except AgentFrozen:
+                        is_last = False  # it goes on after the thaw
+                        continue
+                    has_more |= not at_end
+                    if output:
+                        yield output
+                        waits = pauses()
+            if is_last:
                 return
             await asyncio.sleep(next(waits))
+
+
+async def _is_there(agent: GuestAgent, path: str) -> bool:
+    try:
+        async with opened(agent, path, "r"):
+            return True
+    except (CommandFailed, AgentFrozen):
+        return False
 
 
 class _GrowingFile:
@@ -139,21 +207,12 @@ class _GrowingFile:
         self._stream = stream
         self._offset = offset
 
-    async def news(self) -> AsyncIterator[Output]:
-        """Give what was written since the last time."""
-        arguments = {"handle": self._handle, "count": READ_BYTES}
-        while True:
-            try:
-                data, at_end = await self._agent.ask(
-                    "guest-file-read", _parse_read, arguments, timeout_s=CALL_TIMEOUT_S
-                )
-            except AgentFrozen:
-                return  # it goes on after the thaw
-            if data:
-                yield Output(self._stream, self._offset, data)
-                self._offset += len(data)
-            if at_end:
-                return
+    async def read(self) -> tuple[Output | None, bool]:
+        """Give the next piece, if there is one, and whether it is the last for now."""
+        data, at_end = await read(self._agent, self._handle)
+        output = Output(self._stream, self._offset, data) if data else None
+        self._offset += len(data)
+        return output, at_end
 
 
 def _parse_read(value: object) -> tuple[bytes, bool]:

@@ -7,9 +7,11 @@ import contextlib
 import glob
 import hashlib
 import os
+import shutil
 import signal
+import stat
 import tempfile
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 
 from tests.contract.guest_agent.conftest import Peer, QemuGa, StartPeer
 from vmherd.guest_agent import (
+    AgentFrozen,
     CommandTimedOut,
     CommandUnfinished,
     GuestAgent,
@@ -27,6 +30,7 @@ from vmherd.guest_agent import (
     follow,
     open_process,
     run,
+    spool,
     start_process,
 )
 
@@ -101,6 +105,15 @@ def is_alive(pid: int) -> bool:
 
 def command_lines() -> list[bytes]:
     return [Path(path).read_bytes() for path in glob.glob("/proc/[0-9]*/cmdline") if os.path.exists(path)]
+
+
+def modes_in(folder: str) -> dict[str, int]:
+    """The permission bits of a folder and of what is in it; nothing where it is not there."""
+    return {
+        path.removeprefix(folder).strip("/") or ".": stat.S_IMODE(os.lstat(path).st_mode)
+        for path in (folder, *glob.glob(f"{folder}/*"))
+        if os.path.lexists(path)
+    }
 
 
 async def until_gone(pid: int) -> None:
@@ -223,23 +236,6 @@ async def test_a_cancelled_caller_leaves_no_program_and_no_file(agent: GuestAgen
     await until_gone(number)
 
 
-@pytest.mark.parametrize("turns", range(0, 40, 4))
-async def test_a_caller_cancelled_at_the_start_leaves_nothing(agent: GuestAgent, turns: int) -> None:
-    marker = f"60.0{os.getpid()}{turns:02}"
-
-    async def call() -> None:
-        async with open_process(agent, ["sleep", marker], stdin=True):
-            await asyncio.Event().wait()
-
-    task = asyncio.create_task(call())
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not [line for line in command_lines() if marker.encode() in line]
-
-
 async def test_a_plain_run_that_is_cancelled_or_late_is_ended(agent: GuestAgent) -> None:
     with pytest.raises(CommandTimedOut, match=r"sleep did not end within 0\.2 s and was ended") as caught:
         await run(agent, ["sleep", "60"], timeout_s=0.2)
@@ -359,3 +355,141 @@ async def test_another_agents_program_is_neither_signalled_nor_guessed_at(real_p
 
 async def test_the_guests_boot_has_a_name(agent: GuestAgent) -> None:
     assert await boot_id_of(agent) == BOOT_ID
+
+
+@pytest.fixture(params=["sh", "busybox"])
+def shell(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell of this host, and that of small guests."""
+    link = tmp_path / "sh"
+    program = shutil.which(request.param)
+    assert program, f"{request.param} is missing"
+    link.symlink_to(program)
+    monkeypatch.setattr("vmherd.guest_agent.spool.SHELL", str(link))
+
+
+@pytest.mark.usefixtures("shell")
+async def test_a_program_may_open_its_own_output(agent: GuestAgent) -> None:
+    script = "echo 1; echo 2 >/dev/stdout; echo 3; echo a >&2; echo b >/dev/stderr; echo c >&2; cat"
+    async with open_process(agent, ["sh", "-c", script], stdin=True) as process:
+        assert process.notice == ""
+        await process.write(b"4\n")
+        await process.close_input()
+        assert await gather(process) == (b"1\n2\n3\n4\n", b"a\nb\nc\n")
+        assert process.result
+        assert (process.result.stdout, process.result.stderr) == (b"", b"")
+
+
+@pytest.mark.usefixtures("shell")
+async def test_a_program_has_no_children_and_no_files_of_ours(agent: GuestAgent) -> None:
+    script = "wait; ls /proc/$$/fd; cat /proc/$$/task/$$/children"
+    async with open_process(agent, ["sh", "-c", script]) as process:
+        stdout, _ = await gather(process)
+    descriptors = [int(word) for word in stdout.split()[:3]]
+    assert descriptors == [0, 1, 2]
+    assert all(int(word) >= 10 for word in stdout.split()[3:]), "3 to 9 are the program's"
+
+
+async def test_nobody_else_can_put_files_among_those_of_a_program(
+    agent: GuestAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_process(agent, ["sleep", "60"], stdin=True) as process:
+        modes = modes_in(spool.folder_of(process.token))
+        assert modes["."] == 0o700
+        assert {name: mode for name, mode in modes.items() if mode & 0o077} == {}
+
+    monkeypatch.setattr(spool, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(spool, "new_token", lambda: "guessed")
+    (tmp_path / ".vmherd-guessed").mkdir()
+    async with open_process(agent, ["echo", "hello"]) as process:
+        assert await gather(process) == (b"hello\n", b"")
+    assert "cannot write to" in process.notice
+
+
+async def test_a_program_that_removes_its_files_runs_once(
+    agent: GuestAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "FOLDER", str(tmp_path))
+    told = tmp_path / "told"
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(5):
+            words = ["/bin/sh", "-c", f"rm -rf {tmp_path}/.vmherd-*; echo on >>{told}"]
+            process = await stack.enter_async_context(open_process(agent, words))
+            assert process.notice == ""
+            await process.wait(timeout_s=TIMEOUT_S)
+    assert told.read_text() == "on\n" * 5
+
+
+async def test_neither_output_waits_for_the_other(agent: GuestAgent) -> None:
+    async with open_process(agent, ["sh", "-c", "head -c 1000000 /dev/zero; echo on >&2"]) as process:
+        await process.wait(timeout_s=TIMEOUT_S)
+        streams = [output.stream async for output in process.output()]
+    assert Stream.STDERR in streams[:2]
+    assert len(streams) > 10
+
+
+@pytest.mark.usefixtures("shell")
+async def test_input_that_does_not_arrive_is_told(agent: GuestAgent) -> None:
+    async with open_process(agent, ["sleep", "60"], stdin=True) as process:
+        os.unlink(spool.path_of(process.token, "in"))
+        with pytest.raises(CommandUnfinished, match="some of its input is lost"):
+            await process.write(b"x")
+        assert "in" not in modes_in(spool.folder_of(process.token))
+
+
+class Frozen(GuestAgent):
+    """An agent whose file systems can be frozen; to freeze those of this host is no good idea."""
+
+    frozen = False
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float) -> object:
+        if self.frozen:
+            raise AgentFrozen(f"{command}: frozen", command=command, elapsed_s=0)
+        return await super().execute(command, arguments, timeout_s=timeout_s)
+
+
+async def test_what_a_freeze_keeps_is_gone_after_the_thaw(real_peer: Peer) -> None:
+    async with Frozen(real_peer.path) as agent:
+        async with open_process(agent, ["sleep", "60"], stdin=True) as process:
+            agent.frozen = True
+        assert is_alive(process.pid)
+        agent.frozen = False
+        await until_gone(process.pid)
+        async with asyncio.timeout(TIMEOUT_S):
+            while modes_in(spool.folder_of(process.token)):  # noqa: ASYNC110  nothing tells
+                await asyncio.sleep(0.01)
+
+
+class Interrupted(GuestAgent):
+    """Cancels its caller at one of its calls."""
+
+    def __init__(self, path: Path, at: int) -> None:
+        super().__init__(path)
+        self.left = at
+        self._caller = asyncio.current_task()
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float) -> object:
+        self.left -= 1
+        if self.left == 0 and self._caller:
+            self._caller.cancel()
+        return await super().execute(command, arguments, timeout_s=timeout_s)
+
+
+async def test_a_caller_cancelled_at_any_call_leaves_nothing(real_peer: Peer) -> None:
+    marker = f"60.{os.getpid()}"
+
+    async def call(at: int) -> int:
+        async with Interrupted(real_peer.path, at) as agent:
+            async with open_process(agent, ["sh", "-c", f"read line; exec sleep {marker}"], stdin=True) as process:
+                await process.write(b"on\n")
+                await process.signal(signal.SIGTERM)
+                await gather(process)
+            return agent.left
+
+    for at in range(1, 100):
+        (left,) = await asyncio.gather(asyncio.create_task(call(at)), return_exceptions=True)
+        assert not [line for line in command_lines() if marker.encode() in line], f"after {at} calls"
+        if isinstance(left, int) and left > 0:
+            assert at > 15
+            return
+        assert isinstance(left, asyncio.CancelledError | int), left
+    raise AssertionError("it never went through")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from itertools import islice
 from typing import Any
 
 import pytest
 
-from tests.framework.fake_agent import FakeAgent, hang_up, never, value
+from tests.framework.fake_agent import FakeAgent, Request, hang_up, never, value
 from vmherd.guest_agent import (
     AgentNotConnected,
     AgentUnresponsive,
@@ -19,7 +20,7 @@ from vmherd.guest_agent import (
     open_process,
     run,
 )
-from vmherd.guest_agent.programs import pauses
+from vmherd.guest_agent.programs import complete, pauses
 
 pytestmark = pytest.mark.anyio
 
@@ -144,3 +145,76 @@ async def test_run_sends_words_input_and_environment_as_they_are(agent: GuestAge
         "input-data": base64.b64encode(b"\0\xff").decode(),
         "capture-output": True,
     }
+
+
+def held_back(fake: FakeAgent) -> asyncio.Event:
+    """Let the agent answer a ping only when this is set."""
+    go = asyncio.Event()
+
+    async def answer(request: Request) -> bytes:
+        await go.wait()
+        return request.success({})
+
+    fake.answers["guest-ping"] = answer
+    return go
+
+
+async def test_a_program_is_ended_while_the_agent_is_busy_with_others(agent: GuestAgent, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    fake.answers["guest-exec-status"] = value({"exited": False})
+    async with asyncio.timeout(TIMEOUT_S):
+        async with open_process(agent, ["sleep", "60"]):
+            go = held_back(fake)
+            fake.requests.clear()
+            others = [asyncio.create_task(agent.ping(timeout_s=TIMEOUT_S)) for _ in range(5)]
+            while not fake.asked():  # noqa: ASYNC110  nothing tells
+                await asyncio.sleep(0)
+            fake.answers["guest-exec-status"] = value({"exited": True, "exitcode": 0})
+            asyncio.get_running_loop().call_later(SHORT_S, go.set)
+        await asyncio.gather(*others)
+    # One was before it, and one had the next turn.
+    assert fake.asked().index("guest-exec-status") <= 2
+    assert fake.asked().count("guest-ping") == 5
+
+
+async def test_the_last_question_after_a_program_outlives_its_time(agent: GuestAgent, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    fake.answers["guest-exec-status"] = value({"exited": True, "exitcode": 0})
+    async with open_process(agent, ["true"]) as process:
+        go = held_back(fake)
+        other = asyncio.create_task(agent.ping(timeout_s=TIMEOUT_S))
+        asyncio.get_running_loop().call_later(2 * SHORT_S, go.set)
+        assert (await process.wait(timeout_s=SHORT_S / 2)).exit_code == 0
+        await other
+
+
+async def test_what_is_left_for_after_a_thaw_ends_with_the_agent(fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    fake.answers["guest-exec-status"] = value({"exited": False})
+    before = asyncio.all_tasks()
+    async with GuestAgent(fake.path) as agent:
+        async with open_process(agent, ["sleep", "60"]):
+            fake.frozen = True
+        assert asyncio.all_tasks() - before
+    fake.frozen = False
+    assert [task for task in asyncio.all_tasks() - before if "_after_thaw" in repr(task)] == []
+
+
+async def test_a_program_of_ours_that_does_not_end(agent: GuestAgent, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    fake.answers["guest-exec-status"] = value({"exited": False})
+    with pytest.raises(CommandUnfinished, match=r"process 42 \(rm\) did not end within 0\.2 s"):
+        await complete(agent, ["rm"], timeout_s=SHORT_S)
+
+
+async def test_a_program_of_ours_is_asked_for_when_its_caller_left(agent: GuestAgent, fake: FakeAgent) -> None:
+    fake.answers["guest-exec"] = value({"pid": 42})
+    task = asyncio.create_task(complete(agent, ["rm"], timeout_s=TIMEOUT_S))
+    async with asyncio.timeout(TIMEOUT_S):
+        while "guest-exec" not in fake.asked():  # noqa: ASYNC110  nothing tells
+            await asyncio.sleep(0)
+    fake.answers["guest-exec-status"] = value({"exited": True, "exitcode": 0})
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "guest-exec-status" in fake.asked()

@@ -30,10 +30,15 @@ from vmherd.gateway.errors import error_response
 from vmherd.gateway.routes import Closing, answer_of, disconnection, grpc_timeout_s, read_body
 from vmherd.gateway.transcoder import pairs
 from vmherd.gateway.upstream import Upstream
-from vmherd.model.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
+from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, FieldViolation, InvalidArgument
 from vmherd.rpc.channel import READY
 
 TEMPLATE = path_template.parse("/v1/instances/{name}/files")
+
+BODY_IDLE_TIMEOUT_S = 600.0
+"""How long nothing of an upload may come: what makes its bytes may need a while."""
+
+SIZE_MAX_BYTES = (1 << 63) - 1
 
 _OCTAL = re.compile("0?[0-7]{1,4}")
 _PARAMETERS = {"GET": ("path", "archive"), "HEAD": ("path", "archive"), "PUT": ("path", "archive", "mode")}
@@ -109,8 +114,8 @@ class FilesRoute(BaseRoute):
 
     async def _send_body(self, request: Request, call: Any) -> None:
         try:
-            async for chunk in request.stream():
-                if chunk:
+            async with contextlib.aclosing(_chunks(request, call)) as chunks:
+                async for chunk in chunks:
                     await call.write(WriteFileRequest(data=chunk))
             await call.write(WriteFileRequest(end=True))
             await call.done_writing()
@@ -119,6 +124,39 @@ class FilesRoute(BaseRoute):
             if await call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INTERNAL):
                 why = "the copy was ended before all of it had come; the guest may be out of room"
                 raise Aborted(why, reason="COPY_UNFINISHED") from error
+
+
+async def _chunks(request: Request, call: Any) -> AsyncGenerator[bytes]:
+    """The chunks of a body, for as long as its call goes on.
+
+    Raises:
+        ClientDisconnect: the client went away.
+        DeadlineExceeded: nothing came for `BODY_IDLE_TIMEOUT_S`.
+        asyncio.InvalidStateError: the call is over.
+    """
+    chunks = aiter(request.stream())
+    over = asyncio.ensure_future(call.code())
+    reading = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait(
+                {reading, over}, timeout=BODY_IDLE_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if over in done:
+                raise asyncio.InvalidStateError("the call is over")
+            if not done:
+                why = f"the body ceased: nothing came for {BODY_IDLE_TIMEOUT_S:g} s; nothing was written"
+                raise DeadlineExceeded(why, reason="BODY_TOO_SLOW")
+            chunk = reading.result()
+            if chunk is None:
+                return
+            if chunk:
+                yield chunk
+            reading = asyncio.ensure_future(anext(chunks, None))
+    finally:
+        over.cancel()
+        reading.cancel()
+        await asyncio.gather(over, reading, return_exceptions=True)
 
 
 class _Body:
@@ -227,5 +265,8 @@ def _header(request: Request) -> WriteFileHeader:
     if "mode" in values:
         header.mode = int(values["mode"], 8)
     if "content-length" in request.headers:
-        header.size_bytes = int(request.headers["content-length"])
+        declared_bytes = int(request.headers["content-length"])
+        if declared_bytes > SIZE_MAX_BYTES:
+            raise InvalidArgument(f"the body is larger than {SIZE_MAX_BYTES} bytes", reason="BODY_TOO_LARGE")
+        header.size_bytes = declared_bytes
     return header

@@ -3,65 +3,92 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
 
-from vmherd.guest_agent import file_programs
+from vmherd.guest_agent import file_programs, spool
 from vmherd.guest_agent.agent import GuestAgent
 from vmherd.guest_agent.errors import AgentError, CommandFailed
 from vmherd.guest_agent.file_errors import FileError, FileUnsuitable, explained
-from vmherd.guest_agent.file_programs import CALL_TIMEOUT_S
-from vmherd.guest_agent.holding import held, uninterrupted
-from vmherd.guest_agent.wire import MalformedReply
+from vmherd.guest_agent.file_programs import CALL_TIMEOUT_S, thawed
+from vmherd.guest_agent.holding import eventually, held, uninterrupted
+from vmherd.guest_agent.programs import decode_bytes
+from vmherd.guest_agent.wire import MalformedReply, member
 
-CLOSE_TIMEOUT_S = 5.0
+T = TypeVar("T")
 
 
 class Handle:
-    """A file that the agent holds open, under this number."""
+    """A file that the agent holds open, under this number. While the guest is frozen its calls wait for the thaw.
+
+    They may be cancelled: what was asked is answered first, since the connection would be lost otherwise.
+    """
 
     def __init__(self, agent: GuestAgent, number: int) -> None:
-        self.number = number
         self._agent = agent
-        self._is_open = True
+        self._number = number
+
+    async def read(self, size_bytes: int) -> tuple[bytes, bool]:
+        """Give the next bytes, as many at most, and whether the end was reached. Raises what `GuestAgent` raises."""
+
+        def parse(value: object) -> tuple[bytes, bool]:
+            data = decode_bytes(value, "buf-b64")
+            at_end = member(value, "eof", bool)
+            if len(data) != member(value, "count", int) or len(data) > size_bytes or not (data or at_end):
+                raise MalformedReply("'count' is not the number of bytes, or not one that was asked for")
+            return data, at_end
+
+        return await thawed(lambda: self._ask("guest-file-read", parse, {"count": size_bytes}))
+
+    async def write(self, text: str, size_bytes: int) -> None:
+        """Append so many bytes, which are given in base64. Raises what `GuestAgent` raises."""
+
+        def parse(value: object) -> None:
+            if member(value, "count", int) != size_bytes:
+                raise MalformedReply(f"it wrote only a part of {size_bytes} bytes")
+
+        await thawed(lambda: self._ask("guest-file-write", parse, {"buf-b64": text}))
 
     async def close(self) -> None:
-        """Close it, once: the agent forgets a handle even where it could not write what it had still buffered."""
-        if self._is_open:
-            self._is_open = False
-            arguments = {"handle": self.number}
-            await uninterrupted(self._agent.execute("guest-file-close", arguments, timeout_s=CLOSE_TIMEOUT_S))
+        """Close it now, to hear whether everything was written. Raises what `GuestAgent` raises."""
+        await thawed(lambda: self._ask("guest-file-close", lambda _: None))
+
+    async def _ask(
+        self,
+        command: str,
+        parse: Callable[[object], T],
+        words: Mapping[str, object] = MappingProxyType({}),
+    ) -> T:
+        arguments = {"handle": self._number, **words}
+        return await uninterrupted(self._agent.ask(command, parse, arguments, timeout_s=CALL_TIMEOUT_S))
 
 
 @dataclass
 class Place:
     """Where a new file is before it has its name: at `path`, to become `target`; what is at `litter` goes with it.
 
-    Where both paths are the same the file is written in place, and there is no litter.
+    Where both paths are the same the file is written in place, and there is no litter. `identity` is what `commit`
+    knows the new file by.
     """
 
     path: str
     target: str
+    identity: str = ""
     litter: str = ""
 
 
-def opened(agent: GuestAgent, path: str, mode: str) -> AbstractAsyncContextManager[Handle]:
+@asynccontextmanager
+async def opened(agent: GuestAgent, path: str, mode: str) -> AsyncIterator[Handle]:
     """Hold a file open. Raises FileError and its kinds, and what `GuestAgent` raises."""
-
-    async def open_() -> Handle:
-        arguments = {"path": path, "mode": mode}
+    async with AsyncExitStack() as stack:
         try:
-            number = await agent.ask("guest-file-open", _parse_handle, arguments, timeout_s=CALL_TIMEOUT_S)
+            number = await stack.enter_async_context(spool.opened(agent, path, mode))
         except CommandFailed as error:
             raise explained(error, path) from error
-        return Handle(agent, number)
-
-    async def close(handle: Handle) -> None:
-        with suppress(AgentError):  # a writer has closed it before, and was told if something was lost
-            await handle.close()
-
-    return held(open_(), close)
+        yield Handle(agent, number)
 
 
 def beside(agent: GuestAgent, path: str) -> AbstractAsyncContextManager[Place]:
@@ -98,7 +125,6 @@ def _tidied(
     agent: GuestAgent, path: str, make: Callable[[str], Awaitable[Place]]
 ) -> AbstractAsyncContextManager[Place]:
     """Hold what `make` makes under a new name."""
-    # Where something is suppressed the caller is leaving with an error of its own, which says more.
 
     async def acquire() -> Place:
         name = _new_name()
@@ -107,22 +133,14 @@ def _tidied(
         except FileError:
             raise
         except AgentError:
-            with suppress(AgentError):
-                await file_programs.forget(agent, path, name)
+            await eventually(agent, lambda: file_programs.forget(agent, path, name))
             raise
 
     async def release(place: Place) -> None:
-        with suppress(AgentError):
-            await tidy(agent, place)
+        await eventually(agent, lambda: tidy(agent, place))
 
     return held(acquire(), release)
 
 
 def _new_name() -> str:
     return f".vmherd-{secrets.token_hex(8)}"
-
-
-def _parse_handle(value: object) -> int:
-    if type(value) is not int:
-        raise MalformedReply("a handle is an integer")
-    return value

@@ -27,16 +27,15 @@ import stat
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vmherd.guest_agent import file_programs
 from vmherd.guest_agent.agent import GuestAgent
 from vmherd.guest_agent.errors import CommandFailed
 from vmherd.guest_agent.file_errors import FileChanged, FileUnsuitable, explained
 from vmherd.guest_agent.file_handles import Handle, Place, archive_for, beside, opened, tidy
-from vmherd.guest_agent.file_programs import CALL_TIMEOUT_S, Facts
+from vmherd.guest_agent.file_programs import Facts, thawed
 from vmherd.guest_agent.holding import uninterrupted
-from vmherd.guest_agent.programs import decode_bytes
-from vmherd.guest_agent.wire import MalformedReply, member
 
 CHUNK_BYTES = 256 << 10
 """What the agent reads or writes at a time. Others wait for one at most; larger ones gain little, or are slower."""
@@ -46,7 +45,7 @@ _READABLE = {stat.S_IFREG, stat.S_IFBLK, stat.S_IFDIR}
 
 
 _UNVERIFIED = "not verified: the guest has no sha256sum that its agent can run"
-_IN_PLACE = "written in place and not at once: the guest has no POSIX shell with mv that its agent can run"
+_IN_PLACE = "written in place and not at once: the guest has no POSIX shell with mv and stat that its agent can run"
 _OWNERLESS = "the owner of the file that was there, and its mode if none was given, could not be kept"
 
 
@@ -141,7 +140,6 @@ class FileReader:
     async def __aiter__(self) -> AsyncGenerator[bytes]:
         """Give the chunks. Raises FileChanged if there is more than the description said, and `GuestAgent`'s errors."""
         while self._next:
-            # A read that is cancelled would cost the agent's connection.
             data, at_end = await asyncio.shield(self._next)
             self._next = None if at_end else asyncio.create_task(self._read())
             self._hash.update(data)
@@ -163,7 +161,7 @@ class FileReader:
         theirs = self._known_sha256
         if self._theirs:
             theirs = await self._theirs
-            now = await file_programs.look(self._agent, self.description.path)
+            now = await thawed(lambda: file_programs.look(self._agent, self.description.path))
             if now is None or self._facts is None or now.version != self._facts.version:
                 raise self._changed("it has another size or time of change now")
         if theirs not in (None, ours):
@@ -183,7 +181,8 @@ class FileReader:
         if len(data) == said_bytes or (len(data) < said_bytes and not at_end):
             self.description = replace(self.description, size_bytes=said_bytes)
             # It runs beside the reading, so a guest with a second processor needs no time for it.
-            self._theirs = asyncio.create_task(file_programs.sha256(self._agent, self.description.path))
+            computing = thawed(lambda: file_programs.sha256(self._agent, self.description.path))
+            self._theirs = asyncio.create_task(computing)
         else:
             # Files of /proc and /sys, and devices, are made as they are read, each time anew.
             size_bytes = len(data) if at_end else None
@@ -191,17 +190,14 @@ class FileReader:
             self.description = replace(self.description, size_bytes=size_bytes, notice=notice)
 
     async def _read(self) -> tuple[bytes, bool]:
-        arguments = {"handle": self._handle.number, "count": CHUNK_BYTES}
         try:
-            return await self._agent.ask("guest-file-read", _parse_read, arguments, timeout_s=CALL_TIMEOUT_S)
+            return await self._handle.read(CHUNK_BYTES)
         except CommandFailed as error:
             raise explained(error, self.description.path) from error
 
     async def _leave(self) -> None:
-        await uninterrupted(_settled(self._next))
-        if self._theirs:
-            self._theirs.cancel()
-        await uninterrupted(_settled(self._theirs))
+        await uninterrupted(_ended(self._next))
+        await uninterrupted(_ended(self._theirs))
 
     def _changed(self, why: str) -> FileChanged:
         path = self.description.path
@@ -217,15 +213,17 @@ async def open_writer(
     `mode` are permission bits, by default those of the file that is replaced, or 0644. `size_bytes` is how much will
     come, where that is known. Raises FileError and its kinds, and what `GuestAgent` raises.
     """
-    async with (
-        archive_for(agent, path) if archive else beside(agent, path) as place,
-        opened(agent, place.path, "w") as handle,
-    ):
+    async with AsyncExitStack() as stack:
+        place = await stack.enter_async_context(archive_for(agent, path) if archive else beside(agent, path))
+        # To open for "w" would empty what somebody has put in the place of the new file.
+        handle = await stack.enter_async_context(opened(agent, place.path, "r+" if place.identity else "w"))
+        if place.identity and (await handle.read(1))[0]:
+            raise file_programs.exchanged(path)
         writer = FileWriter(agent, handle, place, mode=mode, archive=archive, size_bytes=size_bytes)
         try:
             yield writer
         finally:
-            await uninterrupted(_settled(writer._last))
+            await uninterrupted(_ended(writer._last))
 
 
 class FileWriter:
@@ -280,7 +278,7 @@ class FileWriter:
             await self._handle.close()
         except CommandFailed as error:
             raise explained(error, self._place.target) from error
-        notices, verified = await self._complete(self._hash.hexdigest())
+        notices, verified = await thawed(lambda: self._complete(self._hash.hexdigest()))
         if not verified:
             notices.append(_UNVERIFIED)
         return FileDigest(self._size_bytes, self._hash.hexdigest(), verified, "; ".join(notices))
@@ -291,7 +289,7 @@ class FileWriter:
         if self._archive:
             return [], await file_programs.unpack(agent, place.path, place.target, ours)
         if place.path != place.target:
-            told = await file_programs.commit(agent, place.path, place.target, ours, self._mode)
+            told = await file_programs.commit(agent, place.path, place.target, place.identity, ours, mode=self._mode)
             place.litter = ""
             return [_OWNERLESS] if "ownerless" in told else [], "verified" in told
         notices = [_IN_PLACE]
@@ -313,13 +311,8 @@ class FileWriter:
             await asyncio.shield(self._last)
 
     async def _write(self, text: str, size_bytes: int) -> None:
-        def parse(value: object) -> None:
-            if member(value, "count", int) != size_bytes:
-                raise MalformedReply(f"it wrote only a part of {size_bytes} bytes")
-
-        arguments = {"handle": self._handle.number, "buf-b64": text}
         try:
-            await self._agent.ask("guest-file-write", parse, arguments, timeout_s=CALL_TIMEOUT_S)
+            await self._handle.write(text, size_bytes)
         except CommandFailed as error:
             raise explained(error, self._place.target) from error
 
@@ -331,9 +324,10 @@ class FileWriter:
         return FileChanged(f"{path}: {why}", path=path, command="guest-file-write")
 
 
-async def _settled(task: asyncio.Task[object] | None) -> None:
-    """Wait until a task has ended; whoever wanted its outcome has asked for it."""
+async def _ended(task: asyncio.Task[Any] | None) -> None:
+    """Cancel a task and wait for its end; whoever wanted its outcome has asked for it."""
     if task:
+        task.cancel()
         await asyncio.wait([task])
         if not task.cancelled():
             task.exception()
@@ -347,11 +341,3 @@ def _described(path: str, facts: Facts | None) -> FileDescription:
     # A file without blocks is empty, or one of /proc and /sys that has no size of its own.
     size_bytes = facts.size_bytes if facts.kind == stat.S_IFREG and facts.blocks else None
     return FileDescription(path, facts.kind == stat.S_IFDIR, size_bytes, facts.mode, facts.modified_s)
-
-
-def _parse_read(value: object) -> tuple[bytes, bool]:
-    data = decode_bytes(value, "buf-b64")
-    at_end = member(value, "eof", bool)
-    if len(data) != member(value, "count", int) or len(data) > CHUNK_BYTES or not (data or at_end):
-        raise MalformedReply("'count' is not the number of bytes, or not one that was asked for")
-    return data, at_end

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -97,6 +100,33 @@ def test_a_source_that_cannot_be_read_to_its_end(cli: Cli, controller: FakeContr
     assert result.exit_code == STATE
     assert "Input/output error" in result.stderr
     assert controller.files.keys() == {"/"}
+
+
+@pytest.mark.parametrize(("source", "target", "total"), [("noise", "web:/f", "3.0"), ("web:/noise", ".", "?")])
+def test_a_bar_on_a_terminal(
+    rundir: Path, controller: FakeController, tmp_path: Path, source: str, target: str, total: str
+) -> None:
+    controller.files["/noise"] = bytes(3 << 20)
+    (tmp_path / "noise").write_bytes(bytes(3 << 20))
+    terminal, its_end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmherd", "--rundir", str(rundir), "cp", source, target],
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=its_end,
+    ) as cp:
+        os.close(its_end)
+        shown = b""
+        with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as file:  # EIO once nobody writes
+            while piece := file.read(1 << 16):
+                shown += piece
+        assert cp.wait(END_TIMEOUT_S) == OK
+        assert cp.stdout
+        assert cp.stdout.read() == b""
+    assert b"noise" in shown
+    assert f"3.0/{total} MiB".encode() in shown
+    assert shown.endswith((b"\x1b[2K", b"\x1b[?25h")), shown[-40:]  # the bar is gone
 
 
 def test_an_interrupted_copy(rundir: Path, controller: FakeController) -> None:

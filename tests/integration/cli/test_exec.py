@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from vmherd.api.v1.process_pb2 import (
     RunRequest,
     SignalProcessRequest,
 )
+from vmherd.cli.exec import INPUT_AHEAD_MAX_BYTES
 from vmherd.model.errors import Unavailable
 
 TIMEOUT_S = 30.0
@@ -113,10 +116,10 @@ def test_exec_forwards_input_as_it_comes(rundir: Path, controller: FakeControlle
         assert exec_.stdin
         assert exec_.stdout
         assert exec_.stdout.read(5) == b"ready"
-        exec_.stdin.write(b"x" * 300_000)
+        exec_.stdin.write(b"x" * 3_000_000)
         exec_.stdin.close()
         assert exec_.wait(TIMEOUT_S) == 0
-    assert b"".join(request.input for request in controller.told) == b"x" * 300_000
+    assert b"".join(request.input for request in controller.told) == b"x" * 3_000_000
     assert controller.told[-1] == ExecRequest(input=b"")
 
 
@@ -140,6 +143,25 @@ def test_an_interrupted_exec_has_the_command_ended(
         assert exec_.stderr
         assert exec_.stderr.read() == b""
     assert [request.HasField("end") for request in controller.told] == [True]
+
+
+def test_an_interruption_waits_behind_little_input_that_the_command_does_not_take(
+    rundir: Path, controller: FakeController
+) -> None:
+    controller.events = [output(b"on"), ended(143)]
+    controller.takes_input = False
+    with running(rundir, "exec", "web", "--", "sleep", "60", stdin=subprocess.PIPE) as exec_:
+        assert exec_.stdin
+        assert exec_.stdout
+        assert exec_.stdout.read(2) == b"on"
+        os.set_blocking(exec_.stdin.fileno(), False)
+        while select.select([], [exec_.stdin], [], 1)[1]:
+            exec_.stdin.write(b"x" * 65_536)
+        exec_.send_signal(signal.SIGINT)
+        assert exec_.wait(TIMEOUT_S) == 130
+    *inputs, last = controller.told
+    assert last.HasField("end")
+    assert INPUT_AHEAD_MAX_BYTES <= sum(len(request.input) for request in inputs) < 2 * INPUT_AHEAD_MAX_BYTES
 
 
 def test_a_second_interruption_leaves_at_once(rundir: Path, controller: FakeController) -> None:

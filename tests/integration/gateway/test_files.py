@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from vmherd.api.v1.file_pb2 import (
 from vmherd.api.v1.file_pb2_grpc import FileServiceServicer, add_FileServiceServicer_to_server
 from vmherd.gateway.app import serving as gateway_serving
 from vmherd.gateway.files import content_disposition
-from vmherd.model.errors import Aborted, NotFound, ResourceExhausted
+from vmherd.model.errors import Aborted, DeadlineExceeded, NotFound, ResourceExhausted
 from vmherd.rpc.channel import READY
 from vmherd.rpc.serving import serving as rpc_serving
 
@@ -50,6 +51,7 @@ class Guest(FileServiceServicer):
         self.moved = 0
         self.was_cancelled = asyncio.Event()
         self.began = asyncio.Event()
+        self.moved_on = asyncio.Event()
 
     async def ReadFile(  # noqa: N802
         self, request: ReadFileRequest, context: Any
@@ -87,6 +89,7 @@ class Guest(FileServiceServicer):
                     digest = FileDigest(sha256=written.hexdigest(), verified=True)
                     return WriteFileResponse(path="/f", digest=digest)
                 self.moved += 1
+                self.moved_on.set()
                 written.update(request.data)
             self.was_cancelled.set()  # gRPC tells it in either of two ways
         except asyncio.CancelledError:
@@ -277,6 +280,49 @@ async def test_an_upload_that_is_refused_is_not_asked_for(gateway: str, guest: G
     assert await asyncio.wait_for(reader.readline(), DEADLINE_S) == b"HTTP/1.1 404 Not Found\r\n"
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize(("size", "code"), [(1 << 63, 413), (10**19 - 1, 413), (10**4000, 400)])
+async def test_a_body_larger_than_any_file(gateway: str, guest: Guest, size: int, code: int) -> None:
+    async with raw_request(gateway, f"Content-Length: {size}") as (reader, _):
+        head = await asyncio.wait_for(reader.readline(), DEADLINE_S)
+    assert head.split()[1] == str(code).encode()
+    assert guest.requests == []
+
+
+async def test_an_upload_that_stalls_ends_with_its_call(gateway: str, guest: Guest) -> None:
+    guest.failure, guest.fails_after = DeadlineExceeded("nothing came", reason="CALLER_SILENT"), 1
+    async with raw_request(gateway, "Content-Length: 100") as (reader, writer):
+        await asyncio.wait_for(guest.began.wait(), DEADLINE_S)
+        writer.write(b"ha")
+        await asyncio.wait_for(guest.moved_on.wait(), DEADLINE_S)
+        writer.write(b"lf")
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), DEADLINE_S)
+    assert answer.startswith((b"HTTP/1.1 504 ", b"HTTP/1.1 409 ")), answer
+
+
+async def test_an_upload_that_stalls_for_too_long(gateway: str, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmherd.gateway.files.BODY_IDLE_TIMEOUT_S", 0.1)
+    async with raw_request(gateway, "Content-Length: 100") as (reader, writer):
+        writer.write(b"half")
+        head = await asyncio.wait_for(reader.readline(), DEADLINE_S)
+        assert head.startswith(b"HTTP/1.1 408 ")
+        await asyncio.wait_for(reader.readuntil(b"BODY_TOO_SLOW"), DEADLINE_S)
+    await asyncio.wait_for(guest.was_cancelled.wait(), DEADLINE_S)
+
+
+@contextlib.asynccontextmanager
+async def raw_request(gateway: str, header: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A PUT whose body a test sends as it likes."""
+    host, port = gateway.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"PUT {FILES}?path=/f HTTP/1.1\r\nHost: {gateway}\r\n{header}\r\n\r\n".encode())
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):  # the gateway leaves a body that it does not want unread
+            await writer.wait_closed()
 
 
 async def test_a_download_whose_client_leaves(http: httpx.AsyncClient, guest: Guest) -> None:

@@ -46,6 +46,7 @@ class FakeController:
         """What Exec was told after the command."""
         self.processes: dict[str, Process] = {}
         self.holds_exec = False
+        self.takes_input = True
         self.files: dict[str, bytes | None] = {"/": None}
         """The files of every guest by their paths; None is a folder."""
         self.file_notice = ""
@@ -184,9 +185,13 @@ class _Processes(process_pb2_grpc.ProcessServiceServicer):
         *events, last = self._fake.events or [ProcessEvent(process=Process(state=Process.EXITED))]
         for event in events:
             yield event
+        taken_bytes = 0
         if first.input_follows or self._fake.holds_exec:
             async for request in requests:
                 self._fake.told.append(request)
+                taken_bytes += len(request.input)
+                if request.input and self._fake.takes_input:
+                    yield ProcessEvent(input_taken=taken_bytes)
                 if request.HasField("end") or request == ExecRequest(input=b""):
                     break
         yield last

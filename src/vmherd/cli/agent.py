@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from vmherd.cli import copying
 from vmherd.cli.agent_errors import explained
 from vmherd.cli.agent_files import AgentFiles
-from vmherd.cli.attending import OwnInput, own_input
+from vmherd.cli.attending import Command, Env, NoStdin, OwnInput, Timeout, own_input
 from vmherd.cli.copy import report
 from vmherd.cli.exit_codes import exit_code
 from vmherd.cli.raw_calls import (
@@ -218,18 +218,10 @@ def call(
 def exec_(
     ctx: typer.Context,
     *,
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command's words; no shell.")],
-    env: Annotated[
-        list[str] | None,
-        typer.Option("--env", metavar="KEY=VALUE", help="An environment variable, in place of all; may be repeated."),
-    ] = None,
-    no_stdin: Annotated[
-        bool, typer.Option("--no-stdin", "-n", help="Give it no standard input, in place of ours.")
-    ] = False,
-    timeout: Annotated[
-        float | None,
-        typer.Option("--timeout", metavar="S", min=0.001, max=DAY_S, help="End it after this time. Default: never."),
-    ] = None,
+    command: Command,
+    env: Env = None,
+    no_stdin: NoStdin = False,
+    timeout: Timeout = None,
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:

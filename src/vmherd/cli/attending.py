@@ -11,8 +11,11 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol, TextIO
+from typing import Annotated, Protocol, TextIO
 
+import typer
+
+from vmherd.cli.session import DAY_S
 from vmherd.guest_agent import AgentError, Output, Stream
 from vmherd.model.errors import InvalidArgument, VmherdError
 
@@ -22,6 +25,17 @@ AT_ONCE_MAX_BYTES = 1 << 20
 AT_ONCE_S = 0.02
 READ_BYTES = 64 << 10
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command's words; no shell.")]
+Env = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="KEY=VALUE", help="An environment variable, in place of all; may be repeated."),
+]
+NoStdin = Annotated[bool, typer.Option("--no-stdin", "-n", help="Give it no standard input, in place of ours.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="S", min=0.001, max=DAY_S, help="End it after this time. Default: never."),
+]
 
 
 class Attended(Protocol):

@@ -13,9 +13,9 @@ import typer
 from google.protobuf.empty_pb2 import Empty
 
 from vmherd.api.v1.process_pb2 import ExecRequest, Process, ProcessEvent, ProcessOutput, RunRequest, StartProcessRequest
-from vmherd.cli.attending import OwnInput, attend, own_input, show
+from vmherd.cli.attending import Command, Env, NoStdin, OwnInput, Timeout, attend, own_input, show
 from vmherd.cli.report import printable, to_json
-from vmherd.cli.session import DAY_S, Name, Session, connected
+from vmherd.cli.session import Name, Session, connected
 from vmherd.cli.values import duration, pairs
 from vmherd.client import Client
 from vmherd.guest_agent import Output, Stream
@@ -24,7 +24,8 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 15.0
 """How long the controller may take to end a program before we leave it alone with that."""
 
-INPUT_PIECES_MAX = 16
+INPUT_AHEAD_MAX_BYTES = 1 << 20
+"""How much of our input may be on its way: what is ahead of Ctrl-C must not keep it from being heard."""
 
 app = typer.Typer()
 
@@ -37,18 +38,10 @@ def exec_(
     session: Session,
     name: Name,
     *,
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The command's words; no shell.")],
-    env: Annotated[
-        list[str] | None,
-        typer.Option("--env", metavar="KEY=VALUE", help="An environment variable, in place of all; may be repeated."),
-    ] = None,
-    no_stdin: Annotated[
-        bool, typer.Option("--no-stdin", "-n", help="Give it no standard input, in place of ours.")
-    ] = False,
-    timeout: Annotated[
-        float | None,
-        typer.Option("--timeout", metavar="S", min=0.001, max=DAY_S, help="End it after this time. Default: never."),
-    ] = None,
+    command: Command,
+    env: Env = None,
+    no_stdin: NoStdin = False,
+    timeout: Timeout = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Leave it running and print its id, for `vmherd process`.")
     ] = False,
@@ -114,8 +107,8 @@ class RemoteProcess:
         self._client = client
         self._on_event = on_event
         self._failure: Exception | None = None
-        self._loop = asyncio.get_running_loop()
-        self._room = asyncio.Semaphore(INPUT_PIECES_MAX)
+        self._sent_bytes = self._taken_bytes = 0
+        self._taken = asyncio.Event()
         self._requests: queue.SimpleQueue[ExecRequest | None] = queue.SimpleQueue()
         self._requests.put(ExecRequest(run=request, input_follows=input_follows))
         self._events: Iterator[ProcessEvent] = client.processes.Exec(self._sent())
@@ -126,6 +119,10 @@ class RemoteProcess:
             while event := await asyncio.to_thread(next, self._events, None):
                 if self._failure:
                     raise self._failure
+                if event.HasField("input_taken"):
+                    self._taken_bytes = event.input_taken
+                    self._taken.set()
+                    continue
                 self._on_event(event)
                 if event.process.state == Process.EXITED:
                     self.exit_code = event.process.exit_code
@@ -136,7 +133,10 @@ class RemoteProcess:
 
     async def write(self, data: bytes) -> None:
         """Gives it more input; returns when there is room for yet more."""
-        await self._room.acquire()
+        while self._sent_bytes - self._taken_bytes >= INPUT_AHEAD_MAX_BYTES:
+            self._taken.clear()
+            await self._taken.wait()
+        self._sent_bytes += len(data)
         self._requests.put(ExecRequest(input=data))
 
     async def close_input(self) -> None:
@@ -156,6 +156,4 @@ class RemoteProcess:
 
     def _sent(self) -> Iterator[ExecRequest]:
         while request := self._requests.get():
-            if request.WhichOneof("part") == "input":
-                self._loop.call_soon_threadsafe(self._room.release)
             yield request

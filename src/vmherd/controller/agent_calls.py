@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
 
 import grpc
 
@@ -10,6 +12,8 @@ from vmherd import guest_agent
 from vmherd.guest_agent import AgentError, file_errors
 from vmherd.model import errors
 from vmherd.model.errors import VmherdError
+
+T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -52,7 +56,22 @@ def to_vmherd_error(error: AgentError, name: str) -> VmherdError:
     return kind(f"{name!r}: {error}{hint}", reason=reason, metadata={"name": name, **fields})
 
 
-def time_left_s(context: Context, default_s: float) -> float:
-    """How long the agent may take: until a little before the caller's deadline."""
+def time_left_s(context: Context, default_s: float, *, tidy_up_s: float = 0.0) -> float:
+    """How long the agent may take: until a little before the caller's deadline.
+
+    Of that time up to a quarter, and `tidy_up_s` at most, is kept for what comes after it.
+    """
     remaining_s = context.time_remaining()
-    return default_s if remaining_s is None else max(0.0, remaining_s - ANSWER_MARGIN_S)
+    if remaining_s is None:
+        return default_s
+    left_s = max(0.0, remaining_s - ANSWER_MARGIN_S)
+    return left_s - min(tidy_up_s, left_s / 4)
+
+
+async def next_request(requests: AsyncIterator[T], *, timeout_s: float) -> T | None:
+    """The next of a caller's requests, None after the last; raises `DeadlineExceeded` when it does not come."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await anext(requests, None)
+    except TimeoutError as error:
+        raise errors.DeadlineExceeded(f"the caller sent nothing for {timeout_s:g} s", reason="CALLER_SILENT") from error

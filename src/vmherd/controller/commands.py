@@ -110,6 +110,8 @@ async def _execute_silent(
                 _raise_if_refused(sending)
                 await happening
     except TimeoutError as error:
+        await asyncio.wait((sending,))  # whose time is up at this moment as well
+        _raise_if_refused(sending)  # for instance it was never sent, since the agent was busy
         raise AgentUnresponsive(
             f"{command}: {' and '.join(sorted(completion))} within {timeout_s:.3g} s",
             command=command,

@@ -14,6 +14,7 @@ from vmherd.controller.supervisor import Supervisor
 from vmherd.model.errors import FieldViolation, InvalidArgument
 
 PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1000
 
 _log = structlog.get_logger()
 
@@ -64,7 +65,7 @@ def page_of(records: Iterable[ProcessRecord], *, size: int, token: str) -> tuple
     """
     if size < 0:
         raise InvalidArgument.of([FieldViolation("page_size", "must not be negative")])
-    size = size or PAGE_SIZE_DEFAULT
+    size = min(size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
     after = [record for record in sorted(records, key=_page_token) if _page_token(record) > token]
     return after[:size], _page_token(after[size - 1]) if len(after) > size else ""
 

@@ -21,9 +21,9 @@ from vmherd.controller.exits import short_tail
 from vmherd.controller.freeze import Freezer
 from vmherd.controller.helper import Process
 from vmherd.controller.monitor import Monitor
-from vmherd.controller.tasks import uninterrupted
 from vmherd.controller.world import World
 from vmherd.guest_agent import AgentError, AgentFrozen, GuestAgent
+from vmherd.guest_agent.holding import uninterrupted
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, VmherdError

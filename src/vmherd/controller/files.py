@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from vmherd.api.v1 import file_pb2, file_pb2_grpc
-from vmherd.controller.agent_calls import Context, time_left_s, to_vmherd_error
+from vmherd.controller.agent_calls import Context, next_request, time_left_s, to_vmherd_error
 from vmherd.controller.herd import Herd
 from vmherd.guest_agent import AgentError, GuestAgent, files
 from vmherd.model.errors import DeadlineExceeded, FieldViolation, InvalidArgument
@@ -19,7 +19,7 @@ from vmherd.rpc.channel import READY
 CALLER_TIMEOUT_S = 600.0
 """How long a caller that writes may send nothing: what makes its bytes may need a while."""
 
-TIDY_S = 2.0
+TIDY_UP_S = 2.0
 """How much of a caller's time is kept for tidying up, so that the caller still hears what went wrong."""
 
 PATH_MAX_BYTES = 4096
@@ -74,9 +74,9 @@ class FileServicer(file_pb2_grpc.FileServiceServicer):
 @contextlib.asynccontextmanager
 async def _copying(name: str, context: Context) -> AsyncIterator[None]:
     """Ends a copy a little before the caller's deadline, and gives the agent's errors as vmherd's."""
-    left_s = time_left_s(context, math.inf)
+    left_s = time_left_s(context, math.inf, tidy_up_s=TIDY_UP_S)
     try:
-        async with asyncio.timeout(None if left_s == math.inf else left_s - min(TIDY_S, left_s / 2)):
+        async with asyncio.timeout(None if left_s == math.inf else left_s):
             yield
     except TimeoutError as error:
         why = f"{name!r}: time was up before the copy was complete; a call without a deadline may take any time"
@@ -86,7 +86,7 @@ async def _copying(name: str, context: Context) -> AsyncIterator[None]:
 
 
 async def _header(requests: AsyncIterator[file_pb2.WriteFileRequest]) -> file_pb2.WriteFileHeader:
-    first = await _next(requests)
+    first = await next_request(requests, timeout_s=CALLER_TIMEOUT_S)
     if first is None or first.WhichOneof("part") != "header":
         raise InvalidArgument.of([FieldViolation("header", "must come first")])
     _check(first.header)
@@ -95,20 +95,12 @@ async def _header(requests: AsyncIterator[file_pb2.WriteFileRequest]) -> file_pb
 
 async def _data(requests: AsyncIterator[file_pb2.WriteFileRequest]) -> AsyncIterator[bytes]:
     """The bytes that come after the header, up to the end that has to come."""
-    while (part := await _next(requests)) and not part.end:
+    while (part := await next_request(requests, timeout_s=CALLER_TIMEOUT_S)) and not part.end:
         if part.WhichOneof("part") != "data":
             raise InvalidArgument("after the header come bytes, and at last the end", reason="OUT_OF_ORDER")
         yield part.data
     if part is None:
         raise InvalidArgument("the requests ceased without `end`; nothing was written", reason="END_MISSING")
-
-
-async def _next(requests: AsyncIterator[file_pb2.WriteFileRequest]) -> file_pb2.WriteFileRequest | None:
-    try:
-        async with asyncio.timeout(CALLER_TIMEOUT_S):
-            return await anext(requests, None)
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"the caller sent nothing for {CALLER_TIMEOUT_S:g} s", reason="CALLER_SILENT") from error
 
 
 def _check(request: file_pb2.ReadFileRequest | file_pb2.WriteFileHeader) -> None:

@@ -22,7 +22,7 @@ from qemu.qmp import (
     StateError,
 )
 
-from vmherd.controller.tasks import uninterrupted
+from vmherd.guest_agent.holding import uninterrupted
 from vmherd.model.errors import Aborted, DeadlineExceeded, Unavailable
 from vmherd.model.lifecycle import Event
 from vmherd.model.machine import AGENT_CHARDEV_ID

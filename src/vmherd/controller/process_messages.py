@@ -16,6 +16,9 @@ from vmherd.model.errors import FieldViolation, InvalidArgument
 
 TIMEOUT_MIN_S = 0.001
 WORDS_MAX = 1024
+COMMAND_MAX_BYTES = 1 << 20
+"""For its words and its environment; Linux as a rule takes twice as much."""
+
 INPUT_MAX_BYTES = 16 << 20
 SIGNALS = range(1, 65)
 NAME_SHOWN = 64
@@ -31,6 +34,10 @@ def check_command(request: Command) -> None:
         violations.append(FieldViolation("command", 'must be a list of words, such as ["uname", "-a"]'))
     if len(request.command) > WORDS_MAX:
         violations.append(FieldViolation("command", f"must have at most {WORDS_MAX} words"))
+    variables = [text for variable in request.environment.items() for text in variable]
+    if sum(len(text.encode()) for text in (*request.command, *variables)) > COMMAND_MAX_BYTES:
+        why = f"must have at most {COMMAND_MAX_BYTES} bytes together with the environment"
+        violations.append(FieldViolation("command", why))
     if any("\0" in word for word in request.command):
         violations.append(FieldViolation("command", "must not hold a NUL character"))
     for key, value in request.environment.items():

@@ -26,7 +26,7 @@ from vmherd.controller.process_records import (
 from vmherd.controller.store import Put, Store, StoreError
 from vmherd.controller.store.base import PUTS_MAX
 from vmherd.controller.supervisor import Supervisor
-from vmherd.controller.tasks import cancelled, spawn, uninterrupted
+from vmherd.controller.tasks import cancelled, spawn
 from vmherd.guest_agent import (
     AgentError,
     CommandFailed,
@@ -39,8 +39,9 @@ from vmherd.guest_agent import (
     follow,
     start_process,
 )
+from vmherd.guest_agent.holding import uninterrupted
 from vmherd.model import lifecycle
-from vmherd.model.errors import FailedPrecondition, NotFound, ResourceExhausted
+from vmherd.model.errors import FailedPrecondition, NotFound, ResourceExhausted, VmherdError
 
 PROCESSES_MAX = 100
 """Ended ones included: their output stays in the guest until they are deleted."""
@@ -72,6 +73,7 @@ class ProcessTracker:
         self._starting = 0
         self._followers = 0
         self._news = asyncio.Event()
+        self._saving = asyncio.Lock()
         name = supervisor.instance.name
         self._tasks = [spawn(self._track(), f"processes of {name}"), spawn(self._outlive(), f"end of {name}")]
 
@@ -87,6 +89,7 @@ class ProcessTracker:
     def take_up(self, record: ProcessRecord) -> None:
         """Goes on with a program that an earlier controller started."""
         self._tracked[record.id] = _Tracked(record)
+        self._news.set()
 
     async def start(
         self,
@@ -188,6 +191,7 @@ class ProcessTracker:
         Raises:
             NotFound: there is no such program.
             FailedPrecondition: it does not run.
+            ResourceExhausted: that it had ended could not be stored.
             AgentError: what the agent's client raises.
         """
         tracked = self._find(process_id)
@@ -205,6 +209,7 @@ class ProcessTracker:
         Raises:
             NotFound: there is no such program.
             FailedPrecondition: it runs, and `force` is not set or the instance is not able to end it.
+            ResourceExhausted: that it was deleted, or had ended, could not be stored.
             AgentError: it could not be ended.
         """
         tracked = self._find(process_id)
@@ -221,10 +226,10 @@ class ProcessTracker:
             self._find(process_id)  # two may delete it at once
             del self._tracked[process_id]  # first, so that a look that is under way does not store it again
             try:
-                await self._store.transact([Put(process_key(tracked.record), None)])
-            except StoreError as error:
+                await self._put(tracked.record, None)
+            except ResourceExhausted:
                 self._tracked[process_id] = tracked
-                raise ResourceExhausted(f"it was not forgotten: {error}", reason="STORE_FAILED") from error
+                raise
 
         await uninterrupted(delete())
 
@@ -258,15 +263,26 @@ class ProcessTracker:
             metadata={"name": name, "id": record.id, "state": record.state},
         )
 
+    async def _put(self, record: ProcessRecord, value: bytes | None, *, consequence: str = "") -> None:
+        name = self._supervisor.instance.name
+        try:
+            await self._store.transact([Put(process_key(record), value)])
+        except StoreError as error:
+            raise ResourceExhausted(
+                f"process {record.id!r} of {name!r} could not be stored{consequence}: {error}; "
+                "is the disk of the state directory full?",
+                reason="STORE_FAILED",
+                metadata={"name": name, "id": record.id},
+            ) from error
+
     async def _store_new(self, record: ProcessRecord, process: Process) -> None:
         try:
-            await self._store.transact([Put(process_key(record), encode_process(record))])
-        except StoreError as error:
+            await self._put(record, encode_process(record), consequence=" and was ended")
+        except ResourceExhausted:
             await process.end()
-            raise ResourceExhausted(
-                f"the process was ended, for it could not be stored: {error}; is the disk of the state directory full?",
-                reason="STORE_FAILED",
-            ) from error
+            with contextlib.suppress(AgentError):
+                await process.remove_files()
+            raise
 
     async def _outlive(self) -> None:
         """Forgets the programs with their instance."""
@@ -295,7 +311,7 @@ class ProcessTracker:
     async def _looked(self) -> bool:
         try:
             await self._look()
-        except (AgentError, StoreError) as error:
+        except (AgentError, VmherdError) as error:  # for instance the guest is paused, or the disk full
             _log.debug("processes were not looked at", name=self._supervisor.instance.name, error=str(error))
             return False
         return True
@@ -335,8 +351,7 @@ class ProcessTracker:
                 await self._lose(tracked, "the guest's agent does not know it any more: it was started anew")
                 return
             raise
-        result = process.result
-        if result and tracked.record.state is ProcessState.RUNNING:
+        if result := process.result:
             ended = replace(
                 tracked.record,
                 state=ProcessState.EXITED,
@@ -350,7 +365,7 @@ class ProcessTracker:
         await self._save(tracked, replace(tracked.record, state=ProcessState.LOST, reason=reason))
 
     async def _save(self, tracked: _Tracked, record: ProcessRecord) -> None:
-        if record.id not in self._tracked:
-            return
-        await self._store.transact([Put(process_key(record), encode_process(record))])
-        tracked.record = record
+        async with self._saving:  # looks go on at once, and the first that sees the end is right
+            if record.id in self._tracked and tracked.record.state is ProcessState.RUNNING:
+                await self._put(record, encode_process(record))
+                tracked.record = record

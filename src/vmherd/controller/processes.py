@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,19 +14,19 @@ from google.protobuf.empty_pb2 import Empty
 from vmherd import guest_agent
 from vmherd.api.v1 import process_pb2, process_pb2_grpc
 from vmherd.api.v1.process_pb2 import ProcessEvent
-from vmherd.controller.agent_calls import Context, time_left_s, to_vmherd_error
+from vmherd.controller.agent_calls import Context, next_request, time_left_s, to_vmherd_error
 from vmherd.controller.detached import Detached, page_of
 from vmherd.controller.herd import Herd
+from vmherd.controller.process_events import ProcessEvents
+from vmherd.controller.process_input import Input
 from vmherd.controller.process_messages import (
     TextOutput,
     check_command,
     check_signal,
-    exit_code_of,
     process_message,
     run_response,
     timeout_s,
 )
-from vmherd.controller.process_records import ProcessRecord, ProcessState
 from vmherd.controller.process_tracker import ProcessTracker
 from vmherd.controller.tasks import cancelled, spawn
 from vmherd.guest_agent import AgentError, Output, Process, Stream
@@ -43,8 +42,12 @@ RUN_TIMEOUT_DEFAULT_S = 60.0
 WHOLE_OUTPUT_MAX_BYTES = 32 << 20
 """For both streams; as text and as bytes it has to fit into `ANSWER_MAX_BYTES`."""
 
-INPUT_PIECES_MAX = 16
-INPUT_PIECE_MAX_BYTES = 1 << 20
+END_S = 3.0
+"""How much of a caller's time is kept for ending a command, so that the caller still hears that its time was up."""
+
+CALLER_TIMEOUT_S = 60.0
+"""How long a caller of Exec may take to say what it wants."""
+
 TERMINATE = 15
 
 _log = structlog.get_logger()
@@ -59,7 +62,7 @@ class ProcessServicer(process_pb2_grpc.ProcessServiceServicer):
 
     async def Run(self, request: process_pb2.RunRequest, context: Context) -> process_pb2.RunResponse:
         limit_s = timeout_s(request) or RUN_TIMEOUT_DEFAULT_S
-        limit_s = min(limit_s, time_left_s(context, limit_s))
+        limit_s = min(limit_s, time_left_s(context, limit_s, tidy_up_s=END_S))
         if request.whole_output:
             return await self._run_whole(request, limit_s)
         check_command(request)
@@ -86,16 +89,17 @@ class ProcessServicer(process_pb2_grpc.ProcessServiceServicer):
         self, request_iterator: AsyncIterator[process_pb2.ExecRequest], context: Context
     ) -> AsyncIterator[ProcessEvent]:
         requests = aiter(request_iterator)
-        first = await anext(requests, process_pb2.ExecRequest())
-        if first.WhichOneof("part") != "run":
+        first = await next_request(requests, timeout_s=CALLER_TIMEOUT_S)
+        if first is None or first.WhichOneof("part") != "run":
             raise InvalidArgument.of([FieldViolation("run", "is the part that comes first")])
         run = first.run
         async with (
             self._opened(run, timeout_s(run), stdin=first.input_follows) as process,
-            _carried_out(requests, process),
+            _carried_out(requests, process) as acknowledged,
             contextlib.aclosing(_events(process, run)) as events,
+            contextlib.aclosing(_merged(events, acknowledged, process)) as merged,
         ):
-            async for event in events:
+            async for event in merged:
                 yield event
 
     async def StartProcess(self, request: process_pb2.StartProcessRequest, context: Context) -> process_pb2.Process:
@@ -190,30 +194,39 @@ class ProcessServicer(process_pb2_grpc.ProcessServiceServicer):
 
 
 async def _events(process: Process, request: process_pb2.RunRequest) -> AsyncGenerator[ProcessEvent]:
-    record = ProcessRecord(
-        uid="", id="", command=tuple(request.command), started_at_s=time.time(), generation=0, pid=process.pid
-    )
-    yield ProcessEvent(process=process_message(record))
-    if process.notice:
-        yield ProcessEvent(notice=process.notice)
-    async with contextlib.aclosing(_texts(process.output())) as events:
-        async for event in events:
-            yield event
-    result = process.result
-    assert result  # noqa: S101  (output comes to its end with the process)
-    if result.stdout_truncated or result.stderr_truncated:
-        yield ProcessEvent(notice="the guest agent keeps 16 MiB of each output; there was more")
     limit_s = timeout_s(request)
-    ended = replace(
-        record,
-        state=ProcessState.EXITED,
-        ended_at_s=time.time(),
-        exit_code=exit_code_of(result),
-        signal=result.signal,
-        reason=f"its time of {limit_s:g} s was up" if process.timed_out else "",
-    )
-    yield ProcessEvent(process=process_message(ended))
+    events = ProcessEvents(process, request.command, limit_s)
+    for event in events.start():
+        yield event
+    async with contextlib.aclosing(process.output()) as pieces:
+        async for piece in pieces:
+            for event in events.output(piece):
+                yield event
+    for event in events.end():
+        yield event
     _check_in_time(process, request, limit_s)
+
+
+async def _merged(
+    events: AsyncGenerator[ProcessEvent], others: asyncio.Queue[ProcessEvent], process: Process
+) -> AsyncGenerator[ProcessEvent]:
+    """The events to their end, and among them the others as they come while the process runs."""
+    event, other = asyncio.ensure_future(anext(events, None)), asyncio.ensure_future(others.get())
+    try:
+        while True:
+            await asyncio.wait((event, other), return_when=asyncio.FIRST_COMPLETED)
+            if other.done():
+                if process.result is None:  # the last event is the process as it ended
+                    yield other.result()
+                other = asyncio.ensure_future(others.get())
+            if event.done():
+                if (found := event.result()) is None:
+                    return
+                yield found
+                event = asyncio.ensure_future(anext(events, None))
+    finally:
+        for task in (event, other):
+            await cancelled(task)
 
 
 async def _texts(pieces: AsyncGenerator[Output]) -> AsyncGenerator[ProcessEvent]:
@@ -227,29 +240,29 @@ async def _texts(pieces: AsyncGenerator[Output]) -> AsyncGenerator[ProcessEvent]
 
 
 @contextlib.asynccontextmanager
-async def _carried_out(requests: AsyncIterator[process_pb2.ExecRequest], process: Process) -> AsyncIterator[None]:
-    """Carries out what the caller of Exec asks for while the process runs."""
-    pieces: asyncio.Queue[bytes] = asyncio.Queue(INPUT_PIECES_MAX)
+async def _carried_out(
+    requests: AsyncIterator[process_pb2.ExecRequest], process: Process
+) -> AsyncIterator[asyncio.Queue[ProcessEvent]]:
+    """Carries out what the caller of Exec asks for while the process runs; gives the events of taken input."""
+    data = Input()
+    acknowledged: asyncio.Queue[ProcessEvent] = asyncio.Queue()
     tasks = [
-        spawn(_listen(requests, process, pieces), f"requests for process {process.pid}"),
-        spawn(_feed(process, pieces), f"input of process {process.pid}"),
+        spawn(_listen(requests, process, data), f"requests for process {process.pid}"),
+        spawn(_feed(process, data, acknowledged), f"input of process {process.pid}"),
     ]
     try:
-        yield
+        yield acknowledged
     finally:
         for task in tasks:
             await cancelled(task)
 
 
-async def _listen(
-    requests: AsyncIterator[process_pb2.ExecRequest], process: Process, pieces: asyncio.Queue[bytes]
-) -> None:
+async def _listen(requests: AsyncIterator[process_pb2.ExecRequest], process: Process, data: Input) -> None:
     with _told_to(process):
         async for request in requests:
             match request.WhichOneof("part"):
                 case "input":
-                    for start in range(0, len(request.input) or 1, INPUT_PIECE_MAX_BYTES):
-                        await pieces.put(request.input[start : start + INPUT_PIECE_MAX_BYTES])
+                    await (data.put(request.input) if request.input else data.end())
                 case "signal":
                     check_signal(request.signal)
                     await process.signal(request.signal)
@@ -257,13 +270,16 @@ async def _listen(
                     await process.end()
                 case other:
                     raise InvalidArgument.of([FieldViolation(str(other), "comes once, as the first request")])
-        await pieces.put(b"")
+        await data.end()
 
 
-async def _feed(process: Process, pieces: asyncio.Queue[bytes]) -> None:
+async def _feed(process: Process, data: Input, acknowledged: asyncio.Queue[ProcessEvent]) -> None:
+    taken_bytes = 0
     with _told_to(process):
-        while piece := await pieces.get():
+        while piece := await data.take():
             await process.write(piece)
+            taken_bytes += len(piece)
+            acknowledged.put_nowait(ProcessEvent(input_taken=taken_bytes))
         await process.close_input()
 
 

@@ -32,7 +32,7 @@ from vmherd.controller.tasks import cancelled, spawn
 from vmherd.controller.world import World
 from vmherd.guest_agent import GuestAgent
 from vmherd.model import lifecycle
-from vmherd.model.errors import VmherdError, illegal_transition, instance_not_found
+from vmherd.model.errors import VmherdError, agent_out_of_reach, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
 from vmherd.model.lifecycle import AGENT_STATES, Event, State
 from vmherd.model.machine import AGENT_PORT_ID
@@ -141,7 +141,7 @@ class Supervisor:
             FailedPrecondition: the instance does not run.
         """
         if self.instance.state not in AGENT_STATES:
-            raise illegal_transition(self.instance.name, "ask the guest agent of", self.instance.state, AGENT_STATES)
+            raise agent_out_of_reach(self.instance.name, self.instance.state, AGENT_STATES)
         return self._agent
 
     # What the helper tells (`helper.Listener`, one instance's part of it).

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
-
-T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -20,22 +18,11 @@ def spawn(work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
     return task
 
 
-async def cancelled(task: asyncio.Task[None] | None) -> None:
+async def cancelled(task: asyncio.Future[Any] | None) -> None:
     """Cancels a task, where there is one, and waits for its end."""
     if task:
         task.cancel()
         await asyncio.wait([task])
-
-
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Does work to its end also when the caller is cancelled in the middle; the cancellation goes on after it."""
-    doing = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(doing)
-    finally:
-        await asyncio.wait([doing])
-        if not doing.cancelled():
-            doing.exception()  # asyncio would complain that nobody had looked at it
 
 
 def _log_crash(task: asyncio.Task[None]) -> None:

@@ -173,6 +173,16 @@ def name_taken(name: str) -> AlreadyExists:
     )
 
 
+def agent_out_of_reach(name: str, state: str, legal: Iterable[str]) -> FailedPrecondition:
+    """The instance's state keeps its agent from being asked."""
+    allowed = ", ".join(sorted(legal))
+    return FailedPrecondition(
+        f"cannot ask the guest agent of {name!r}: it is {state}; its agent can be asked when it is {allowed}",
+        reason="ILLEGAL_STATE",
+        metadata={"name": name, "state": state, "legal_states": allowed},
+    )
+
+
 def illegal_transition(name: str, verb: str, state: str, legal: Iterable[str]) -> FailedPrecondition:
     """The instance's state forbids the verb."""
     allowed = ", ".join(sorted(legal)) or "no state"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.framework.fake_agent import FakeAgent, Request
+from tests.framework.fake_agent import FakeAgent, Held, Request
 from tests.framework.fake_qmp import event
 from tests.unit.controller.conftest import AGENT_OPENS, DEADLINE_S, ENDED, reached, with_agent
 from vmherd.controller import commands
@@ -96,6 +96,20 @@ async def test_a_guest_that_took_it_and_does_nothing(world: World, run: Instance
     told = to_vmherd_error(raised.value, "web")
     assert isinstance(told, DeadlineExceeded)
     assert told.metadata["outcome_unknown"] == "True"
+
+
+async def test_a_guest_that_was_never_asked_is_known_not_to_go_down(world: World, run: InstanceRun) -> None:
+    async with with_agent(world, run) as (supervisor, _, agent):
+        agent.answers["guest-get-host-name"] = held = Held()
+        call = supervisor.open_agent().execute("guest-get-host-name", timeout_s=DEADLINE_S)
+        busy = asyncio.create_task(call)
+        await held.received.wait()
+        with pytest.raises(AgentUnresponsive) as raised:
+            await commands.execute(supervisor, "guest-shutdown", {}, timeout_s=0.1)
+        held.release.set()
+        await busy
+        assert "guest-shutdown" not in agent.asked()
+    assert not raised.value.outcome_unknown
 
 
 async def test_an_agent_that_ends_before_its_guest_is_no_failure(world: World, run: InstanceRun) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from vmherd.api.v1.process_pb2 import ProcessOutput, RunRequest
-from vmherd.controller.detached import page_of
+from vmherd.controller.detached import PAGE_SIZE_MAX, page_of
 from vmherd.controller.process_messages import (
+    COMMAND_MAX_BYTES,
     INPUT_MAX_BYTES,
     TextOutput,
     check_command,
@@ -35,6 +36,8 @@ def result(exit_code: int | None = 0, signal: int | None = None, stdout: bytes =
         ({"command": []}, "command"),
         ({"command": [""]}, "command"),
         ({"command": ["a\0b"]}, "command"),
+        ({"command": ["a" * (COMMAND_MAX_BYTES + 1)]}, "command"),
+        ({"environment": {"A": "ä" * (COMMAND_MAX_BYTES // 2)}}, "command"),
         ({"command": ["a"] * 1025}, "command"),
         ({"environment": {"": "x"}}, "environment['']"),
         ({"environment": {"A=B": "x"}}, "environment['A=B']"),
@@ -146,3 +149,10 @@ def test_pages_are_in_the_order_of_start_and_miss_nothing() -> None:
     assert [record.started_at_s for record in found] == sorted(record.started_at_s for record in records)
     with pytest.raises(InvalidArgument):
         page_of(records, size=-1, token="")
+
+
+def test_a_page_has_a_most() -> None:
+    records = [record(id=f"{number:04}") for number in range(PAGE_SIZE_MAX + 1)]
+    page, token = page_of(records, size=2**31 - 1, token="")
+    assert len(page) == PAGE_SIZE_MAX
+    assert token

@@ -115,7 +115,7 @@ async def test_a_guest_that_sleeps_is_shown_and_asked_nothing_until_it_wakes(wor
         qemu.say(event("SUSPEND"))
         await supervisor.until(lambda: supervisor.instance.state is State.SUSPENDED)
         assert reached(supervisor, Rung.QMP)
-        with pytest.raises(FailedPrecondition, match="it is SUSPENDED"):
+        with pytest.raises(FailedPrecondition, match="it is SUSPENDED; its agent can be asked when it is RUNNING"):
             supervisor.open_agent()
         with pytest.raises(FailedPrecondition, match="cannot pause 'web': it is SUSPENDED"):
             await supervisor.pause()

@@ -160,7 +160,7 @@ def agent(
     *,
     socket: Socket = None,
     listen: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--listen", metavar="PATH", help="Share the agent: serve its protocol to several clients here."),
     ] = None,
     max_clients: Annotated[
@@ -267,8 +267,15 @@ def _list(found: AgentOnSocket) -> None:
         print_commands(found.ask(lambda agent: agent.info(timeout_s=timeout_s)))
 
 
-def _share(found: AgentOnSocket, path: Path, max_clients: int) -> None:
+def _share(found: AgentOnSocket, listen: str, max_clients: int) -> None:
     address = found.address
+    try:
+        shared = parse_address(listen)
+    except ValueError as error:
+        raise InvalidArgument(f"--listen: {error}") from error
+    if not isinstance(shared, UnixAddress):
+        raise InvalidArgument(f"--listen takes the path of a unix socket, and no port, which has no owner: {listen}")
+    path = Path(shared.path)
     if isinstance(address, UnixAddress) and os.path.realpath(address.path) == os.path.realpath(path):
         raise InvalidArgument(f"--listen is the agent's own socket, {path}; choose another path")
 

@@ -30,7 +30,9 @@ class Commands(TyperGroup):
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "vmherd"
-            print(f"vmherd: {printable(error.format_message())} (see `{path} --help`)", file=sys.stderr)
+            # Others take `exec NAME uname -a`; here the options before `--` are ours.
+            hint = "; put `--` before the command" if path.endswith(" exec") else ""
+            print(f"vmherd: {printable(error.format_message())}{hint} (see `{path} --help`)", file=sys.stderr)
             code = USAGE
         sys.exit(code or 0)
 

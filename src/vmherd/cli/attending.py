@@ -17,7 +17,7 @@ import typer
 
 from vmherd.cli.session import DAY_S
 from vmherd.guest_agent import AgentError, Output, Stream
-from vmherd.model.errors import InvalidArgument, VmherdError
+from vmherd.model.errors import FailedPrecondition, InvalidArgument, VmherdError
 
 AT_ONCE_MAX_BYTES = 1 << 20
 """Input that is there at once and no larger goes along with the command, which is cheaper for the guest."""
@@ -140,6 +140,10 @@ async def attend(process: Attended, own: OwnInput, show: Callable[[Output], None
                 except BrokenPipeError:
                     _discard(output.stream)
                     interrupt(signal.SIGPIPE)
+                except OSError as error:
+                    _discard(output.stream)
+                    why = f"the command was ended, for its output cannot be written here: {error.strerror}"
+                    raise FailedPrecondition(why, reason="OUTPUT_NOT_WRITABLE") from error
     except (AgentError, VmherdError):
         if interruption is None:
             raise

@@ -40,6 +40,7 @@ from vmherd.guest_agent import (
     start_process,
 )
 from vmherd.guest_agent.holding import uninterrupted
+from vmherd.guest_agent.spool import LINGER_S
 from vmherd.model import lifecycle
 from vmherd.model.errors import FailedPrecondition, NotFound, ResourceExhausted, VmherdError
 
@@ -168,7 +169,8 @@ class ProcessTracker:
             while True:
                 try:
                     agent = self._supervisor.open_agent()
-                    pieces = follow(agent, tracked.record.token, has_ended, offsets=reached)
+                    linger_s = LINGER_S if wait else 0.0
+                    pieces = follow(agent, tracked.record.token, has_ended, offsets=reached, linger_s=linger_s)
                     async with contextlib.aclosing(pieces):
                         async for piece in pieces:
                             yield piece

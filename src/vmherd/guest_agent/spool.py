@@ -6,8 +6,8 @@ Behind each a `cat` fills a regular file, which the agent reads as it grows, for
 FIFO brings input: the agent holds it open and never writes to it, for its own writes do not wait and lose what does not
 fit.
 
-The folder holds `out` and `err`, and `end` once nothing more comes there; the program has `out.pipe`, `err.pipe` and
-`in`.
+The folder holds `out` and `err`, `lost` when there was no room for more, and `end` once nothing more comes there; the
+program has `out.pipe`, `err.pipe` and `in`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ exec 3>&1 4<>"$1/out.pipe" 5<>"$1/err.pipe"
 : >"$1/err" >"$1/out"
 (
   {
-    cat <"$1/out.pipe" >"$1/out" 4>&- 5>&- &
-    cat <"$1/err.pipe" >"$1/err" 4>&- 5>&- &
+    { cat || : >"$1/lost"; } <"$1/out.pipe" >"$1/out" 4>&- 5>&- &
+    { cat || : >"$1/lost"; } <"$1/err.pipe" >"$1/err" 4>&- 5>&- &
     exec 4>&- 5>&-
     wait
     : >"$1/end"
@@ -152,9 +152,11 @@ async def follow(
     """Give a program's output from these offsets on, and what comes until it ends.
 
     `has_ended` tells whether the program has ended. Its output may take a moment longer; after `linger_s` the rest is
-    left to those that it started. Raises what `GuestAgent` raises; CommandFailed if the files are gone.
+    left to those that it started. Raises what `GuestAgent` raises; CommandFailed if the files are gone, and at the end if
+    the guest had no room for all of it.
     """
     loop = asyncio.get_running_loop()
+    started_s = loop.time()
     async with AsyncExitStack() as stack:
         files = []
         for stream in Stream:
@@ -188,8 +190,11 @@ async def follow(
                         yield output
                         waits = pauses()
             if is_last:
-                return
+                break
             await asyncio.sleep(next(waits))
+    if await _is_there(agent, path_of(token, "lost")):
+        why = f"some of the output is lost: the guest had no room for it in {FOLDER}"
+        raise CommandFailed("GenericError", why, command="guest-exec", elapsed_s=loop.time() - started_s)
 
 
 async def _is_there(agent: GuestAgent, path: str) -> bool:

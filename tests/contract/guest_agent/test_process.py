@@ -20,6 +20,7 @@ import pytest
 from tests.contract.guest_agent.conftest import Peer, QemuGa, StartPeer
 from vmherd.guest_agent import (
     AgentFrozen,
+    CommandFailed,
     CommandTimedOut,
     CommandUnfinished,
     GuestAgent,
@@ -377,6 +378,16 @@ async def test_a_program_may_open_its_own_output(agent: GuestAgent) -> None:
         assert await gather(process) == (b"1\n2\n3\n4\n", b"a\nb\nc\n")
         assert process.result
         assert (process.result.stdout, process.result.stderr) == (b"", b"")
+
+
+async def test_output_that_the_guest_has_no_room_for_is_told(agent: GuestAgent, tmp_path: Path) -> None:
+    full = tmp_path / "cat"  # as it ends when /tmp is full
+    full.write_text("#!/bin/sh\nexec dd of=/dev/full\n")
+    full.chmod(0o755)
+    tmp_path.chmod(0o755)
+    async with open_process(agent, ["echo", "important"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}) as process:
+        with pytest.raises(CommandFailed, match="output is lost: the guest had no room"):
+            await gather(process)
 
 
 @pytest.mark.usefixtures("shell")

@@ -154,6 +154,15 @@ def test_a_command_that_is_not_answered_says_so(
     ]
 
 
+@pytest.mark.parametrize(
+    ("listen", "words"), [("tcp:127.0.0.1:4444", "no port, which has no owner"), ("x:y", "neither unix: nor tcp:")]
+)
+def test_an_agent_is_shared_on_unix_sockets_alone(cli: Cli, path: Path, listen: str, words: str) -> None:
+    result = cli("agent", "--socket", str(path), "--listen", listen)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
 def test_the_socket_has_to_be_named(cli: Cli, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = cli("agent", "ping")
     assert result.exit_code == 2

@@ -188,6 +188,23 @@ def test_exec_whose_output_nobody_reads_ends_as_by_a_broken_pipe(rundir: Path, c
         assert exec_.stderr.read() == b""
 
 
+def test_exec_whose_output_has_no_room_says_so(rundir: Path, controller: FakeController) -> None:
+    controller.events = [output(b"x\n"), ended()]
+    words = [sys.executable, "-m", "vmherd", "--rundir", str(rundir), "exec", "web", "--", "yes"]
+    with open("/dev/full", "wb") as full:
+        exec_ = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert exec_.returncode == 4
+    assert exec_.stderr.splitlines() == [
+        b"vmherd: the command was ended, for its output cannot be written here: No space left on device"
+    ]
+
+
+def test_options_of_the_command_come_after_two_hyphens(cli: Cli) -> None:
+    result = cli("exec", "web", "uname", "-a")
+    assert result.exit_code == 2
+    assert "put `--` before the command" in result.stderr
+
+
 def test_a_detached_command_is_known_by_its_id(cli: Cli, controller: FakeController) -> None:
     assert cli("exec", "web", "--detach", "--", "sleep", "60").stdout == "00000000\n"
     controller.page_size_max = 1

@@ -152,8 +152,8 @@ async def follow(
     """Give a program's output from these offsets on, and what comes until it ends.
 
     `has_ended` tells whether the program has ended. Its output may take a moment longer; after `linger_s` the rest is
-    left to those that it started. Raises what `GuestAgent` raises; CommandFailed if the files are gone, and at the end if
-    the guest had no room for all of it.
+    left to those that it started. Raises what `GuestAgent` raises; CommandFailed if the files are gone, and at the end
+    if the guest had no room for all of it.
     """
     loop = asyncio.get_running_loop()
     started_s = loop.time()

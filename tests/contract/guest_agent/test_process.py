@@ -384,7 +384,6 @@ async def test_output_that_the_guest_has_no_room_for_is_told(agent: GuestAgent, 
     full = tmp_path / "cat"  # as it ends when /tmp is full
     full.write_text("#!/bin/sh\nexec dd of=/dev/full\n")
     full.chmod(0o755)
-    tmp_path.chmod(0o755)
     async with open_process(agent, ["echo", "important"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}) as process:
         with pytest.raises(CommandFailed, match="output is lost: the guest had no room"):
             await gather(process)

@@ -261,6 +261,11 @@ def _header(request: Request) -> WriteFileHeader:
     for name in _PARTIAL:
         if name in request.headers:
             raise InvalidArgument(f"the header {name} is not understood: the body is the file", reason="BODY_NOT_PLAIN")
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        raise InvalidArgument(
+            "the body is a form; it has to be the plain file, as `curl --upload-file` sends it",
+            reason="MEDIA_TYPE_NOT_SUPPORTED",
+        )
     header = WriteFileHeader(name=_name(request), path=values["path"], archive="archive" in values)
     if "mode" in values:
         header.mode = int(values["mode"], 8)

@@ -95,7 +95,7 @@ async def open_reader(agent: GuestAgent, path: str, *, archive: bool = False) ->
     facts = await file_programs.look(agent, path)
     description = _described(path, facts)
     if facts and description.is_folder is not archive:
-        why = "not a folder" if archive else "it is a folder, which comes as an archive"
+        why = "not a folder" if archive else "it is a folder, which comes as an archive (`-r` of `cp`)"
         raise FileUnsuitable(f"{path}: {why}", path=path, command="guest-file-open")
     async with AsyncExitStack() as stack:
         if archive:

@@ -238,6 +238,12 @@ async def test_a_body_that_is_not_the_file(http: httpx.AsyncClient, guest: Guest
     assert guest.requests == []
 
 
+async def test_a_form_is_not_the_file(http: httpx.AsyncClient, guest: Guest) -> None:
+    answer = await http.put(FILES, params={"path": "/f"}, files={"file": b"x"})
+    assert (answer.status_code, reason(answer)) == (415, "MEDIA_TYPE_NOT_SUPPORTED")
+    assert guest.requests == []
+
+
 @pytest.mark.parametrize("mode", ["", "8", "0o644", "-1", "12345", "u+x"])
 async def test_a_mode_that_is_none(http: httpx.AsyncClient, mode: str) -> None:
     answer = await http.put(FILES, params={"path": "/f", "mode": mode}, content=b"x")

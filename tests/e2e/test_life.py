@@ -67,7 +67,8 @@ def ping(herd: HerdUnderTest, name: str, timeout: str) -> httpx.Response:
 
 def freeze_agent(herd: HerdUnderTest, name: str, then: str = "true") -> None:
     """Stops the guest agent's process, as if it hung; `then` goes on in the guest."""
-    herd.shell(in_background(f"killall -STOP qemu-ga; {then}"), name=name)
+    # The agent has to tell the end of the shell first.
+    herd.shell(in_background(f"sleep 1; killall -STOP qemu-ga; {then}"), name=name)
     herd.eventually(lambda: ping(herd, name, "500m").status_code == 504)
 
 

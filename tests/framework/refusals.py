@@ -17,7 +17,7 @@ from vmherd.rpc.status import number_of, to_status
 
 COMMAND_TIMEOUT_S = 30.0
 
-OF_GRPC_S_OWN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ \w+\.cc:\d+\] ")
+OF_GRPC_S_OWN = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ \w+\.cc:\d+\] |WARNING: All log messages before absl::")
 """A line that gRPC's C++ part writes past every log."""
 
 

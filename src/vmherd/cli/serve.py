@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -60,8 +61,12 @@ def serve(name: str, words: Sequence[str]) -> int:
             "--address-file", metavar="FILE", type=Path, help="write HOST:PORT there once requests are accepted"
         )
     os.umask(0o077)  # what the three write is for themselves
+    # Until `until_signalled` listens: an end that is asked for during the start is orderly as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asyncio.run(PROCESSES[name](parser.parse_args(words)))
+    except KeyboardInterrupt:
+        return OK
     except VmherdError as error:
         tell(error)
         return exit_code(error)

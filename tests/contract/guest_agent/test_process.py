@@ -341,7 +341,9 @@ async def test_a_program_runs_on_without_anybody_and_is_found_again(real_peer: P
 
 async def test_another_agents_program_is_neither_signalled_nor_guessed_at(real_peer: Peer) -> None:
     async with GuestAgent(real_peer.path) as agent:
-        started = await start_process(agent, ["sleep", "60"])
+        started = await start_process(agent, ["sh", "-c", "echo begun; exec sleep 60"])
+        async with aclosing(started.output()) as outputs:
+            assert (await anext(outputs)).data == b"begun\n"  # its shell has nothing more to tell the agent
     await real_peer.restart()
     async with GuestAgent(real_peer.path) as agent:
         found = Process(agent, started.pid, started.token)

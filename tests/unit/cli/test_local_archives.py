@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -10,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vmherd.cli import local_archives
@@ -141,7 +142,16 @@ names = st.sampled_from(["a", "b", "a/b", "a/b/c", "./a", "../x", "/x", "a/../x"
 kinds = st.sampled_from([FILE, LINK, HARD, FOLDER])
 
 
+def leads_in_circles(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@example(members=[("a", LINK, "a//b")], rounds=1)
 @given(members=st.lists(st.tuples(names, kinds, names), max_size=8), rounds=st.integers(1, 2))
 def test_nothing_outside_is_touched_or_reached(
     tmp_path_factory: pytest.TempPathFactory, members: list[Member], rounds: int
@@ -154,7 +164,8 @@ def test_nothing_outside_is_touched_or_reached(
     assert {path.name for path in top.iterdir()} <= {"x", "in"}
     assert (top / "x").read_text() == "secret"
     for path in (top / "in").rglob("*"):
-        assert os.path.realpath(path).startswith(str(top / "in")), path
+        # A link into itself leads nowhere, and `realpath` makes up where.
+        assert leads_in_circles(path) or os.path.realpath(path).startswith(str(top / "in")), path
 
 
 @settings(max_examples=100, deadline=None)

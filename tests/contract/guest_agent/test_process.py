@@ -100,21 +100,25 @@ async def gather(process: Process) -> tuple[bytes, bytes]:
 def is_alive(pid: int) -> bool:
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
 def command_lines() -> list[bytes]:
-    return [Path(path).read_bytes() for path in glob.glob("/proc/[0-9]*/cmdline") if os.path.exists(path)]
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may have ended since
+            found.append(Path(path).read_bytes())
+    return found
 
 
 def modes_in(folder: str) -> dict[str, int]:
     """The permission bits of a folder and of what is in it; nothing where it is not there."""
-    return {
-        path.removeprefix(folder).strip("/") or ".": stat.S_IMODE(os.lstat(path).st_mode)
-        for path in (folder, *glob.glob(f"{folder}/*"))
-        if os.path.lexists(path)
-    }
+    found = {}
+    for path in (folder, *glob.glob(f"{folder}/*")):
+        with contextlib.suppress(FileNotFoundError):  # the guest may be removing it right now
+            found[path.removeprefix(folder).strip("/") or "."] = stat.S_IMODE(os.lstat(path).st_mode)
+    return found
 
 
 async def until_gone(pid: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vmherd.api.v1.process_pb2 import ProcessEvent
-from vmherd.controller.process_messages import TextOutput, exit_code_of, process_message
-from vmherd.controller.process_records import ProcessRecord, ProcessState
+from vmherd.controller.process_messages import TextOutput, exited, process_message
+from vmherd.controller.process_records import ProcessRecord
 from vmherd.guest_agent import Output, Process
 
 
@@ -41,12 +41,5 @@ class ProcessEvents:
             return
         if result.stdout_truncated or result.stderr_truncated:
             yield ProcessEvent(notice="the guest agent keeps 16 MiB of each output; there was more")
-        ended = replace(
-            self._record,
-            state=ProcessState.EXITED,
-            ended_at_s=time.time(),
-            exit_code=exit_code_of(result),
-            signal=result.signal,
-            reason=f"its time of {self._timeout_s:g} s was up" if self._process.timed_out else "",
-        )
-        yield ProcessEvent(process=process_message(ended))
+        reason = f"its time of {self._timeout_s:g} s was up" if self._process.timed_out else ""
+        yield ProcessEvent(process=process_message(replace(exited(self._record, result), reason=reason)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from vmherd.api.v1 import process_pb2
 from vmherd.controller import convert
-from vmherd.controller.process_records import ProcessRecord
+from vmherd.controller.process_records import ProcessRecord, ProcessState
 from vmherd.guest_agent import CommandResult, Output, Stream
 from vmherd.model.errors import FieldViolation, InvalidArgument
 
@@ -75,6 +77,17 @@ def text_of(output: bytes) -> tuple[str, bytes | None]:
 def exit_code_of(result: CommandResult) -> int:
     """The exit code as shells have it: 128 and the number of a signal that ended the program."""
     return 128 + result.signal if result.signal is not None else result.exit_code or 0
+
+
+def exited(record: ProcessRecord, result: CommandResult) -> ProcessRecord:
+    """The record of a program whose end was seen just now."""
+    return replace(
+        record,
+        state=ProcessState.EXITED,
+        ended_at_s=time.time(),
+        exit_code=exit_code_of(result),
+        signal=result.signal,
+    )
 
 
 def run_response(result: CommandResult, notice: str = "") -> process_pb2.RunResponse:

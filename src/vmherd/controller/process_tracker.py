@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from vmherd.controller.process_messages import exit_code_of
+from vmherd.controller.process_messages import exited
 from vmherd.controller.process_records import (
     ProcessRecord,
     ProcessState,
@@ -354,14 +354,7 @@ class ProcessTracker:
                 return
             raise
         if result := process.result:
-            ended = replace(
-                tracked.record,
-                state=ProcessState.EXITED,
-                ended_at_s=time.time(),
-                exit_code=exit_code_of(result),
-                signal=result.signal,
-            )
-            await self._save(tracked, ended)
+            await self._save(tracked, exited(tracked.record, result))
 
     async def _lose(self, tracked: _Tracked, reason: str) -> None:
         await self._save(tracked, replace(tracked.record, state=ProcessState.LOST, reason=reason))

@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from vmherd.api.v1.file_pb2 import FileDescription, ReadFileRequest, WriteFileHeader, WriteFileRequest
 from vmherd.gateway import path_template, proto_json, streams
 from vmherd.gateway.errors import error_response
-from vmherd.gateway.routes import Closing, answer_of, disconnection, grpc_timeout_s, read_body
+from vmherd.gateway.routes import Closing, answer_of, disconnection, grpc_timeout_s, matched, read_body
 from vmherd.gateway.transcoder import pairs
 from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, FieldViolation, InvalidArgument
@@ -59,10 +59,7 @@ class FilesRoute(BaseRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether this route is for the request: PARTIAL where only the method differs."""
-        captured = TEMPLATE.match(scope["raw_path"].decode("ascii")) if scope["type"] == "http" else None
-        if captured is None:
-            return Match.NONE, {}
-        return Match.FULL if scope["method"] in self.methods else Match.PARTIAL, {"captured": captured}
+        return matched(TEMPLATE, self.methods, scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Makes the call and sends what comes of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from vmherd.gateway import proto_json, streams
 from vmherd.gateway.errors import error_response
+from vmherd.gateway.path_template import PathTemplate
 from vmherd.gateway.transcoder import Binding
 from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import DeadlineExceeded, InvalidArgument, Unavailable
@@ -75,10 +76,7 @@ class RpcRoute(BaseRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether this route is for the request: PARTIAL where only the method differs."""
-        captured = self._binding.template.match(scope["raw_path"].decode("ascii")) if scope["type"] == "http" else None
-        if captured is None:
-            return Match.NONE, {}
-        return Match.FULL if scope["method"] in self.methods else Match.PARTIAL, {"captured": captured}
+        return matched(self._binding.template, self.methods, scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Makes the call and sends what comes of it."""
@@ -118,6 +116,14 @@ class RpcRoute(BaseRoute):
 
     def _json(self, message: Message) -> str:
         return proto_json.to_json(message, self._pool)
+
+
+def matched(template: PathTemplate, methods: Collection[str], scope: Scope) -> tuple[Match, Scope]:
+    """Whether a route with this template is for a request, and what the template's variables are there."""
+    captured = template.match(scope["raw_path"].decode("ascii")) if scope["type"] == "http" else None
+    if captured is None:
+        return Match.NONE, {}
+    return Match.FULL if scope["method"] in methods else Match.PARTIAL, {"captured": captured}
 
 
 async def answer_of(

@@ -15,7 +15,6 @@ from vmherd.guest_agent.errors import AgentError, CommandFailed
 from vmherd.guest_agent.file_errors import FileError, FileUnsuitable, explained
 from vmherd.guest_agent.file_programs import CALL_TIMEOUT_S, thawed
 from vmherd.guest_agent.holding import eventually, held, uninterrupted
-from vmherd.guest_agent.programs import decode_bytes
 from vmherd.guest_agent.wire import MalformedReply, member
 
 T = TypeVar("T")
@@ -33,15 +32,7 @@ class Handle:
 
     async def read(self, size_bytes: int) -> tuple[bytes, bool]:
         """Give the next bytes, as many at most, and whether the end was reached. Raises what `GuestAgent` raises."""
-
-        def parse(value: object) -> tuple[bytes, bool]:
-            data = decode_bytes(value, "buf-b64")
-            at_end = member(value, "eof", bool)
-            if len(data) != member(value, "count", int) or len(data) > size_bytes or not (data or at_end):
-                raise MalformedReply("'count' is not the number of bytes, or not one that was asked for")
-            return data, at_end
-
-        return await thawed(lambda: self._ask("guest-file-read", parse, {"count": size_bytes}))
+        return await thawed(lambda: spool.read(self._agent, self._number, size_bytes))
 
     async def write(self, text: str, size_bytes: int) -> None:
         """Append so many bytes, which are given in base64. Raises what `GuestAgent` raises."""

@@ -11,10 +11,11 @@ The errors are the agent's own but for the wording of some. A request that is ou
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from vmherd.guest_agent.wire import finite
 
 MAX_REQUEST_BYTES = 32 << 20
 MAX_TOKENS = 1 << 18  # "[],[],[],…" takes 20 times its size in memory
@@ -205,11 +206,4 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return members
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"a number out of range: {digits[:_MAX_SHOWN]}")
-    return number
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=finite)

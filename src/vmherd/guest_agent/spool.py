@@ -134,11 +134,19 @@ def opened(
     return held(agent.ask("guest-file-open", parse, arguments, timeout_s=timeout_s), close)
 
 
-async def read(agent: GuestAgent, handle: int) -> tuple[bytes, bool]:
-    """Give the next piece of a file, and whether its end was reached."""
-    arguments = {"handle": handle, "count": READ_BYTES}
+async def read(agent: GuestAgent, handle: int, size_bytes: int = READ_BYTES) -> tuple[bytes, bool]:
+    """Give the next bytes of a file, as many at most, and whether its end was reached."""
+
+    def parse(value: object) -> tuple[bytes, bool]:
+        data = decode_bytes(value, "buf-b64")
+        at_end = member(value, "eof", bool)
+        if len(data) != member(value, "count", int) or len(data) > size_bytes or not (data or at_end):
+            raise MalformedReply("'count' is not the number of bytes, or not one that was asked for")
+        return data, at_end
+
+    arguments = {"handle": handle, "count": size_bytes}
     # A call that is cancelled would cost everybody the connection.
-    return await uninterrupted(agent.ask("guest-file-read", _parse_read, arguments, timeout_s=CALL_TIMEOUT_S))
+    return await uninterrupted(agent.ask("guest-file-read", parse, arguments, timeout_s=CALL_TIMEOUT_S))
 
 
 async def follow(
@@ -218,10 +226,3 @@ class _GrowingFile:
         output = Output(self._stream, self._offset, data) if data else None
         self._offset += len(data)
         return output, at_end
-
-
-def _parse_read(value: object) -> tuple[bytes, bool]:
-    data = decode_bytes(value, "buf-b64")
-    if len(data) != member(value, "count", int):
-        raise MalformedReply("'count' is not the number of bytes")
-    return data, member(value, "eof", bool) or not data

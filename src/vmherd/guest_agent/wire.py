@@ -254,7 +254,8 @@ def _integer(digits: str) -> int:
     return number
 
 
-def _finite(digits: str) -> float:
+def finite(digits: str) -> float:
+    """Give a number of JSON; raises ValueError for one that a float has no room for."""
     number = float(digits)
     if not math.isfinite(number):
         raise ValueError(f"a number out of range: {digits[:24]}")
@@ -267,10 +268,10 @@ def _no_constant(name: str) -> NoReturn:
 
 def _decoder(long_texts: Mapping[str, str]) -> json.JSONDecoder:
     def number(digits: str) -> object:
-        return long_texts[digits] if digits in long_texts else _finite(digits)
+        return long_texts[digits] if digits in long_texts else finite(digits)
 
     return json.JSONDecoder(parse_int=_integer, parse_float=number, parse_constant=_no_constant)
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=finite, parse_constant=_no_constant)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)

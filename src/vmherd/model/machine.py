@@ -6,13 +6,14 @@ The controller fills it in and the helper checks it again: both use `check_machi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePosixPath
 
 from vmherd.model.errors import FieldViolation
 from vmherd.model.names import check_mac, check_name, check_uid
+from vmherd.model.network import check_ipv4_address
 
 CPUS_MAX = 255
 """Q35 without interrupt remapping knows 8-bit APIC ids, and 255 is the broadcast."""
@@ -21,6 +22,8 @@ MEMORY_MIN_MIB = 32
 MEMORY_MAX_MIB = 64 * 1024 * 1024
 DISKS_MAX = 16
 NICS_MAX = 8
+FORWARDS_MAX = 64
+PORT_MAX = 65535
 AGENT_CHARDEV_ID = "qga0"
 AGENT_PORT_ID = "agent0"
 """What the guest agent's channel is called on the command line, and in what QEMU tells of it."""
@@ -40,6 +43,14 @@ class NicBackend(StrEnum):
     """What a network interface is plugged into."""
 
     USER = "user"
+    BRIDGE = "bridge"
+
+
+class Protocol(StrEnum):
+    """A transport protocol."""
+
+    TCP = "tcp"
+    UDP = "udp"
 
 
 @dataclass(frozen=True)
@@ -61,11 +72,27 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class PortForward:
+    """A port of the host's 127.0.0.1 that leads into a guest."""
+
+    protocol: Protocol
+    guest_port: int
+    host_port: int = 0
+    """0: QEMU binds a free one."""
+
+
+@dataclass(frozen=True)
 class Nic:
     """A network interface of a machine."""
 
     mac: str
     backend: NicBackend
+    network: str = ""
+    """Of a bridge's: the name of the network."""
+    ipv4_address: str = ""
+    """Of a bridge's, on a network with a subnet: the one that it gets by DHCP and may use."""
+    forwards: tuple[PortForward, ...] = ()
+    """Of a user-mode network's."""
 
 
 @dataclass(frozen=True)
@@ -129,4 +156,37 @@ def check_machine(machine: Machine) -> Iterator[FieldViolation]:
     if len(machine.nics) > NICS_MAX:
         yield FieldViolation("nics", f"must be at most {NICS_MAX}, are {len(machine.nics)}")
     for index, nic in enumerate(machine.nics):
-        yield from check_mac(nic.mac, f"nics[{index}].mac")
+        yield from check_nic(nic, f"nics[{index}]")
+    if len({nic.mac for nic in machine.nics}) < len(machine.nics):
+        yield FieldViolation("nics", "must have a MAC address each")
+
+
+def check_nic(nic: Nic, field: str) -> Iterator[FieldViolation]:
+    """Everything that is wrong with a network interface's values, without regard to any network."""
+    yield from check_mac(nic.mac, f"{field}.mac")
+    if nic.backend is NicBackend.BRIDGE:
+        yield from check_name(nic.network, f"{field}.network")
+        if nic.ipv4_address:
+            yield from check_ipv4_address(nic.ipv4_address, f"{field}.ipv4_address")
+        if nic.forwards:
+            yield FieldViolation(
+                f"{field}.forwards", "are for a user-mode network: on a bridge the guest has an address"
+            )
+        return
+    for name in ("network", "ipv4_address"):
+        if getattr(nic, name):
+            yield FieldViolation(f"{field}.{name}", "is for a network interface on a bridge")
+    yield from check_forwards(nic.forwards, f"{field}.forwards")
+
+
+def check_forwards(forwards: Sequence[PortForward], field: str) -> Iterator[FieldViolation]:
+    """Port forwards have ports, and no port of the host twice."""
+    if len(forwards) > FORWARDS_MAX:
+        yield FieldViolation(field, f"must be at most {FORWARDS_MAX}, are {len(forwards)}")
+    for index, forward in enumerate(forwards):
+        for name, lowest in (("guest_port", 1), ("host_port", 0)):
+            if not lowest <= (port := getattr(forward, name)) <= PORT_MAX:
+                yield FieldViolation(f"{field}[{index}].{name}", f"must be from {lowest} to {PORT_MAX}, is {port}")
+    fixed = [(forward.protocol, forward.host_port) for forward in forwards if forward.host_port]
+    if len(set(fixed)) < len(fixed):
+        yield FieldViolation(field, "must have a port of the host each")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vmherd.host.accelerator import Accelerator, Accelerators, Before, Measurement, as_this_user
 from vmherd.model.errors import FailedPrecondition
-from vmherd.qemu.accelerator import Accelerator, Accelerators, Measurement
 
 QEMU_MINIMUM = (7, 0)
 QEMU_DEFAULT = "qemu-system-x86_64"
@@ -36,10 +36,13 @@ class Qemu:
 class Host:
     """This host, with the QEMU called `qemu_binary` and what is remembered of its accelerators in the file `cache`."""
 
-    def __init__(self, qemu_binary: str, wanted: Literal["auto", "kvm", "tcg"], cache: Path) -> None:
+    def __init__(
+        self, qemu_binary: str, wanted: Literal["auto", "kvm", "tcg"], cache: Path, *, before: Before = as_this_user
+    ) -> None:
         self._qemu_binary = qemu_binary or QEMU_DEFAULT
         self._wanted = wanted
-        self._accelerators = functools.cache(functools.partial(Accelerators, cache=cache))
+        self._before = before
+        self._accelerators = functools.cache(functools.partial(Accelerators, cache=cache, before=before))
         self.memory_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         self.cpus = os.sysconf("SC_NPROCESSORS_ONLN")
 
@@ -49,7 +52,7 @@ class Host:
         Raises:
             FailedPrecondition: there is none (`QEMU_MISSING`) or it is older than 7.0 (`QEMU_TOO_OLD`).
         """
-        return await asyncio.to_thread(_find, self._qemu_binary)
+        return await asyncio.to_thread(_find, tuple(self._before("tcg")), self._qemu_binary)
 
     async def accelerator(self, qemu: Qemu) -> Accelerator:
         """The accelerator that machines get; measured first where the settings leave it open."""
@@ -63,18 +66,18 @@ class Host:
         return (measured.kvm, measured.tcg)
 
 
-def _find(name: str) -> Qemu:
+def _find(before: tuple[str, ...], name: str) -> Qemu:
     path = shutil.which(name)
     if path is None:
         raise _missing(f"there is no program {name}")
     status = os.stat(path)
-    return _ask(os.path.abspath(path), (status.st_ino, status.st_mtime_ns))
+    return _ask(before, os.path.abspath(path), (status.st_ino, status.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=4)
-def _ask(path: str, _file: tuple[int, int]) -> Qemu:
+def _ask(before: tuple[str, ...], path: str, _file: tuple[int, int]) -> Qemu:
     """What the QEMU in this very file says of itself."""
-    version = _VERSION.match(_output(path, "--version"))
+    version = _VERSION.match(_output(*before, path, "--version"))
     if version is None:
         raise _missing(f"{path} does not say that it is QEMU")
     if (int(version[2]), int(version[3])) < QEMU_MINIMUM:
@@ -84,14 +87,14 @@ def _ask(path: str, _file: tuple[int, int]) -> Qemu:
             reason="QEMU_TOO_OLD",
             metadata={"path": path, "version": version[1], "needed": needed},
         )
-    _heading, _, machines = _output(path, "-machine", "help").partition("\n")
+    _heading, _, machines = _output(*before, path, "-machine", "help").partition("\n")
     return Qemu(Path(path), version[1], tuple(_MACHINE_TYPE.findall(machines)))
 
 
-def _output(path: str, *words: str) -> str:
+def _output(*words: str) -> str:
     try:
         return subprocess.run(
-            [path, *words],
+            words,
             check=True,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -100,7 +103,8 @@ def _output(path: str, *words: str) -> str:
             errors="replace",
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise _missing(f"{path} cannot be asked for its version: {error}") from error
+        said = str(getattr(error, "stderr", None) or "").strip()
+        raise _missing(f"QEMU cannot be asked for its version: {error}{said and f': {said}'}") from error
 
 
 def _missing(why: str) -> FailedPrecondition:

@@ -8,13 +8,13 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from vmherd.qemu import accelerator
-from vmherd.qemu.accelerator import Accelerator, Accelerators, Measurement, Measurements, measure
+from vmherd.host import accelerator
+from vmherd.host.accelerator import Accelerator, Accelerators, Measurement, Measurements, measure
 
 pytestmark = pytest.mark.anyio
 
@@ -27,9 +27,13 @@ class Host:
     def __init__(self, *, kvm: float | None, tcg: float | None) -> None:
         self.elapsed_s: dict[Accelerator, float | None] = {"kvm": kvm, "tcg": tcg}
         self.calls: list[tuple[str, float]] = []
+        self.befores: list[Sequence[str]] = []
 
-    async def measure(self, qemu_binary: Path, accelerator: Accelerator, *, deadline_s: float) -> Measurement:
+    async def measure(
+        self, qemu_binary: Path, accelerator: Accelerator, *, before: Sequence[str], deadline_s: float
+    ) -> Measurement:
         self.calls.append((accelerator, deadline_s))
+        self.befores.append(before)
         await asyncio.sleep(0)  # lets a second caller in, as a real measurement does
         elapsed_s = self.elapsed_s[accelerator]
         return Measurement(accelerator, elapsed_s, "" if elapsed_s else "broken")
@@ -77,6 +81,11 @@ async def test_auto_is_the_faster_one(
 async def test_a_forced_accelerator_is_not_measured(host: Host, cache: Path, forced: Accelerator) -> None:
     assert await Accelerators(Path("/nonexistent"), cache).choose(forced) == forced
     assert host.calls == []
+
+
+async def test_each_is_measured_as_the_user_that_gets_it(host: Host, qemu: Path, cache: Path) -> None:
+    await Accelerators(qemu, cache, before=lambda accelerator: ("as", accelerator)).measurements()
+    assert host.befores == [("as", "tcg"), ("as", "kvm")]
 
 
 async def test_kvm_gets_as_long_as_it_could_still_win(host: Host, qemu: Path, cache: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from vmherd.qemu import accelerator
-from vmherd.qemu.accelerator import PROBE, Accelerators, Measurement, measure
+from vmherd.host import accelerator
+from vmherd.host.accelerator import PROBE, Accelerators, Measurement, measure
 
 pytestmark = pytest.mark.anyio
 

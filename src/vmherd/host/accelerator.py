@@ -19,12 +19,16 @@ import signal
 import stat
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 Accelerator = Literal["kvm", "tcg"]
 Identity = dict[str, str | int]
+Before = Callable[[Accelerator], Sequence[str]]
+"""The words to put before QEMU's, so that it runs as somebody who can do no harm."""
 
 CPU_MODEL = "max"
 """Machines get the same, so that a CPU feature which breaks this host's KVM shows here and not in a machine."""
@@ -70,15 +74,23 @@ class Measurements:
         return "kvm" if self.kvm.elapsed_s <= (self.tcg.elapsed_s or math.inf) else "tcg"
 
 
+def as_this_user(_accelerator: Accelerator) -> tuple[str, ...]:
+    """Nothing: QEMU runs as whoever asks."""
+    return ()
+
+
 class Accelerators:
     """The accelerators of this host, measured when first asked for and remembered in the file `cache`.
 
     `qemu_binary` is an absolute path. `deadline_s` holds for each accelerator.
     """
 
-    def __init__(self, qemu_binary: Path, cache: Path, *, deadline_s: float = 5.0) -> None:
+    def __init__(
+        self, qemu_binary: Path, cache: Path, *, before: Before = as_this_user, deadline_s: float = 5.0
+    ) -> None:
         self._qemu_binary = qemu_binary
         self._cache = cache
+        self._before = before
         self._deadline_s = deadline_s
         self._lock = asyncio.Lock()  # callers at the same time share one measurement
         self._known: tuple[Identity, Measurements] | None = None
@@ -107,14 +119,19 @@ class Accelerators:
 
     async def _measure(self) -> Measurements:
         # TCG goes first and pays for reading QEMU from a cold disk, so that a healthy KVM cannot lose by it.
-        tcg = await measure(self._qemu_binary, "tcg", deadline_s=self._deadline_s)
-        patience_s = KVM_PATIENCE * (tcg.elapsed_s or math.inf)
-        kvm = await measure(self._qemu_binary, "kvm", deadline_s=min(self._deadline_s, patience_s))
+        tcg = await self._measured("tcg", self._deadline_s)
+        kvm = await self._measured("kvm", min(self._deadline_s, KVM_PATIENCE * (tcg.elapsed_s or math.inf)))
         log.info("measured %s and %s", tcg, kvm)
         return Measurements(kvm, tcg)
 
+    async def _measured(self, accelerator: Accelerator, deadline_s: float) -> Measurement:
+        before = self._before(accelerator)
+        return await measure(self._qemu_binary, accelerator, before=before, deadline_s=deadline_s)
 
-async def measure(qemu_binary: Path, accelerator: Accelerator, *, deadline_s: float) -> Measurement:
+
+async def measure(
+    qemu_binary: Path, accelerator: Accelerator, *, before: Sequence[str] = (), deadline_s: float
+) -> Measurement:
     """Times the probe under one accelerator, from QEMU's start to its end.
 
     Raises OSError if QEMU cannot be executed.
@@ -122,10 +139,11 @@ async def measure(qemu_binary: Path, accelerator: Accelerator, *, deadline_s: fl
     if accelerator == "kvm" and (refusal := _kvm_refusal()):
         return Measurement(accelerator, None, refusal)
     # QEMU may abort: its core file goes where it is thrown away.
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile(dir=scratch) as stderr:
+    with _probe() as probe, tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile(dir=scratch) as stderr:
         started_s = time.monotonic()
         process = await asyncio.create_subprocess_exec(
-            *_argv(qemu_binary, accelerator),
+            *(*before, *_argv(qemu_binary, accelerator, probe)),
+            pass_fds=(probe,),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=stderr,
@@ -144,13 +162,21 @@ async def measure(qemu_binary: Path, accelerator: Accelerator, *, deadline_s: fl
         return Measurement(accelerator, None, _failure(status, stderr))
 
 
-def _argv(qemu_binary: Path, accelerator: Accelerator) -> list[str]:
+@contextmanager
+def _probe() -> Iterator[int]:
+    """The probe in memory, where any user may read it, wherever vmherd is installed."""
+    with open(os.memfd_create("probe"), "wb", buffering=0) as file:
+        file.write(PROBE.read_bytes())
+        yield file.fileno()
+
+
+def _argv(qemu_binary: Path, accelerator: Accelerator, probe: int) -> list[str]:
     return [
         *(str(qemu_binary), "-name", "vmherd-accelerator-probe"),
         *("-machine", "q35", "-accel", accelerator, "-cpu", CPU_MODEL, "-m", "32M"),
         *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-device", "isa-debug-exit,iobase=0xf4,iosize=0x04", "-kernel", str(PROBE)),
+        *("-device", "isa-debug-exit,iobase=0xf4,iosize=0x04", "-kernel", f"/proc/self/fd/{probe}"),
     ]
 
 

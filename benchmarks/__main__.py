@@ -13,17 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import agent as agent_client
-from benchmarks import bare, copy, libvirt_peer
+from benchmarks import bare, copy, libvirt_peer, network
 from vmherd.api.v1 import guest_pb2, process_pb2
 from vmherd.cli.herd_files import Flags
 from vmherd.cli.processes import Processes
 from vmherd.cli.up import herd_up
 from vmherd.client import Client
+from vmherd.image.registry import ImageRegistry
 from vmherd.model.layout import Herd, StateDirectory
 
 BOOTS = 7
@@ -58,6 +60,7 @@ class Gateway:
 def main() -> None:
     """Measures everything and prints it."""
     agent_client.measure()
+    network.measure()
     directory = Path(tempfile.mkdtemp(prefix="vmherd-"))
     try:
         asyncio.run(_bench(Herd(directory)))
@@ -77,14 +80,14 @@ async def _bench(herd: Herd) -> None:
 
 
 def _measure(herd: Herd, processes: Processes, gateway: Gateway) -> None:
-    state = StateDirectory(herd.path / "state")
+    image = ImageRegistry(StateDirectory(herd.path / "state").images).get("builtin")
     planned = gateway.call("POST", "/v1/instances:plan", {"name": "bench"})["argv"]
     version = subprocess.run([planned[0], "--version"], capture_output=True, text=True, check=True).stdout
     print(f"{version.splitlines()[0]}, TCG; Python {platform.python_version()}; {platform.machine()}")
 
     def boot_bare() -> float:
         start_s = time.perf_counter()
-        with bare.machine(planned, herd.path, state.path) as agent:
+        with bare.machine(planned, image) as agent:
             agent.ping()
             return time.perf_counter() - start_s
 
@@ -115,14 +118,16 @@ def _measure(herd: Herd, processes: Processes, gateway: Gateway) -> None:
     gateway.call("POST", "/v1/instances", {"name": "bench", **hardware})
     gateway.call("GET", "/v1/instances/bench/wait?until=ADDRESS&timeout=60s")
     planned = gateway.call("POST", "/v1/instances:plan", {"name": "bare", **hardware})["argv"]
-    with bare.machine(planned, herd.path, state.path) as agent, Client(herd.controller_socket) as client:
+    with bare.machine(planned, image) as agent, Client(herd.controller_socket) as client:
         agent.ping()
-        _measure_pings(agent, client, gateway, planned)
+        _measure_pings(agent, client, gateway, libvirt_peer.pings(image, copy.MEMORY_MIB))
         _measure_runs(agent, client)
         copy.measure("bench", agent, client, lambda: _resident_mib(controller_pid))
 
 
-def _measure_pings(agent: bare.Agent, client: Client, gateway: Gateway, planned: Sequence[str]) -> None:
+def _measure_pings(
+    agent: bare.Agent, client: Client, gateway: Gateway, libvirt: AbstractContextManager[Callable[[], float]]
+) -> None:
     request = guest_pb2.GuestPingRequest(name="bench")
     calls = {
         "bare socket": _timed(agent.ping),
@@ -133,7 +138,7 @@ def _measure_pings(agent: bare.Agent, client: Client, gateway: Gateway, planned:
         if why := libvirt_peer.missing():
             print(f"\nlibvirt is not measured: {why}")
         else:
-            calls["python-libvirt"] = stack.enter_context(libvirt_peer.pings(planned, copy.MEMORY_MIB))
+            calls["python-libvirt"] = stack.enter_context(libvirt)
         gateway.close()
         print(f"\nGuest agent ping, medians of {PINGS} in turn")
         medians_s = _print_in_turn(PINGS, calls)

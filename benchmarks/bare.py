@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,9 +16,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmherd.image.registry import KernelImage
+
 ANSWER_TIMEOUT_S = 60.0
 CONNECT_INTERVAL_S = 0.002
 DISK_BYTES = 1 << 30
+DESCRIPTOR = re.compile(r"((?:\bfd|\bset)=|/dev/fdset/|/proc/self/fd/)(\d+)")
+FIRST = 3
+"""A plan numbers its descriptors from here: control, console and agent socket, kernel, initramfs, disk, console log."""
 
 
 class Agent:
@@ -83,18 +89,22 @@ class Agent:
 
 
 @contextlib.contextmanager
-def machine(planned: Sequence[str], run_dir: Path, state_dir: Path) -> Iterator[Agent]:
-    """Runs a planned command line with its files in a directory of its own, until the context is left."""
-    with tempfile.TemporaryDirectory(prefix="vmherd-bare-") as own:
-        directories = {str(run_dir / "instances"): own, str(state_dir / "instances"): own}
-        argv = list(planned)
-        for theirs, ours in directories.items():
-            argv = [word.replace(f"{theirs}/{_uid(planned)}", ours) for word in argv]
-        with open(Path(own) / "disk.raw", "wb") as disk:
-            os.ftruncate(disk.fileno(), DISK_BYTES)
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+def machine(planned: Sequence[str], image: KernelImage) -> Iterator[Agent]:
+    """Runs a planned command line with files of its own in the place of each descriptor, until the context is left."""
+    with tempfile.TemporaryDirectory(prefix="vmherd-bare-") as own, contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(_listening(Path(own) / name)) for name in ("qmp", "console", "agent")]
+        files = [stack.enter_context(open(path, "rb")) for path in (image.kernel, image.initramfs)]
+        disk = stack.enter_context(open(Path(own) / "disk", "wb+"))
+        os.ftruncate(disk.fileno(), DISK_BYTES)
+        log = stack.enter_context(open(Path(own) / "log", "ab"))
+        ours = [opened.fileno() for opened in (*sockets, *files, disk, log)]
+        process = subprocess.Popen(
+            [DESCRIPTOR.sub(lambda found: f"{found[1]}{ours[int(found[2]) - FIRST]}", word) for word in planned],
+            stdin=subprocess.DEVNULL,
+            pass_fds=ours,
+        )
         try:
-            agent = Agent(Path(own) / "agent.sock")
+            agent = Agent(Path(own) / "agent")
             yield agent
             agent.close()
         finally:
@@ -102,5 +112,9 @@ def machine(planned: Sequence[str], run_dir: Path, state_dir: Path) -> Iterator[
             process.wait()
 
 
-def _uid(planned: Sequence[str]) -> str:
-    return planned[planned.index("-uuid") + 1]
+@contextlib.contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield listener

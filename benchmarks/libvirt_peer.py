@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from vmherd.image.registry import KernelImage
 
 PYTHON = "/usr/bin/python3"
 """Debian's own, which has the binding of Debian's libvirt."""
@@ -26,9 +28,9 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def pings(planned: Sequence[str], memory_mib: int) -> Iterator[Callable[[], float]]:
-    """A guest with the kernel of a planned command line; gives what pings its agent and says in how many seconds."""
-    boot = [planned[planned.index(option) + 1] for option in ("-kernel", "-initrd", "-append")]
+def pings(image: KernelImage, memory_mib: int) -> Iterator[Callable[[], float]]:
+    """A guest of an image; gives what pings its agent and says in how many seconds."""
+    boot = [str(image.kernel), str(image.initramfs), image.command_line]
     with subprocess.Popen(
         ["unshare", "--mount", PYTHON, GUEST, *boot, str(memory_mib)],
         stdin=subprocess.PIPE,

@@ -43,18 +43,23 @@ class Network:
     host_access: bool = False
 
     @property
+    def subnets(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Those that the helper gives addresses of; the host's is the first of each."""
+        return tuple(filter(None, (self.subnet, self.ipv6_subnet)))
+
+    @property
     def gateway(self) -> IPv4Address | None:
         """The host's IPv4 address: the first of the subnet."""
-        return self.subnet and self.subnet[1]
+        return self.subnet[1] if self.subnet else None
 
     @property
     def ipv6_gateway(self) -> IPv6Address | None:
         """The host's IPv6 address: the first of the subnet."""
-        return self.ipv6_subnet and self.ipv6_subnet[1]
+        return self.ipv6_subnet[1] if self.ipv6_subnet else None
 
     def ipv6_of(self, mac: str) -> IPv6Address | None:
         """The IPv6 address of an interface, None where the network has no IPv6."""
-        return self.ipv6_subnet and eui64(self.ipv6_subnet, mac)
+        return eui64(self.ipv6_subnet, mac) if self.ipv6_subnet else None
 
     def free_address(self, taken: Container[str]) -> IPv4Address | None:
         """The lowest address for a machine that nobody has; None where there is none left, or no subnet."""

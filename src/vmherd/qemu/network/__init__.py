@@ -1,0 +1,1 @@
+"""The networks of the host: bridges, the machines' ports, firewall rules, DHCP and DNS."""

@@ -31,6 +31,11 @@ class InstanceRun:
         return self.path / "console.sock"
 
     @property
+    def sockets(self) -> tuple[Path, Path, Path]:
+        """All three, in the order in which QEMU is given them."""
+        return (self.qmp, self.console, self.agent)
+
+    @property
     def process(self) -> Path:
         """The helper's record of the QEMU process."""
         return self.path / "process.json"
@@ -51,6 +56,11 @@ class RunDirectory:
     def instances(self) -> Path:
         """Holds one directory for each instance that runs."""
         return self.path / "instances"
+
+    @property
+    def networks(self) -> Path:
+        """What the helper keeps of its networks: the files of their DHCP servers."""
+        return self.path / "networks"
 
     def instance(self, uid: str) -> InstanceRun:
         """One instance's part."""

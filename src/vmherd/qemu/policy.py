@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vmherd.model.errors import FailedPrecondition, FieldViolation, InvalidArgument, PermissionDenied
+from vmherd.model.errors import FieldViolation, InvalidArgument, PermissionDenied
 from vmherd.model.layout import StateDirectory
 from vmherd.model.machine import DiskFormat, Machine, check_machine
 
+READ, WRITE, APPEND = os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
+
+QCOW2_HEADER_BYTES = 80
 QCOW2_MAGIC = b"QFI\xfb"
 QCOW2_EXTERNAL_DATA_FILE = 1 << 2
 
-# None of these characters has a meaning to QEMU. A comma or a space in -initrd would begin another file, were the
-# kernel a multiboot one.
+# What every program can read in a log and nobody takes for anything else.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 
 
 @dataclass(frozen=True)
-class _File:
-    """A file of a machine and the directories that it may lie in."""
+class File:
+    """A file of a machine: which field names it, the directories that it may lie in, and what QEMU does to it."""
 
     field: str
-    path: str
+    path: Path
     roots: tuple[Path, ...]
+    flags: int = READ
     format: DiskFormat = DiskFormat.RAW
-    made_by_qemu: bool = False
+    by_name: bool = False
+    """QEMU opens it once more, so that its user must be able to read it."""
+    made: bool = False
+    """It is made where it is missing."""
 
     def refused(self, why: str) -> PermissionDenied:
+        """The error that says why this file is not taken."""
         return PermissionDenied(
             f"{self.field}: {self.path} {why}",
             reason="PATH_REFUSED",
@@ -40,10 +46,25 @@ class _File:
         )
 
 
-def check_values(machine: Machine, *, state: StateDirectory, host_memory_mib: int) -> None:
-    """Refuses a machine by what its description says, without a look at any file.
+def files(machine: Machine, state: StateDirectory) -> Iterator[File]:
+    """The files of a machine, in the order in which `command_line.Descriptors` has them.
 
     What the guest only reads may lie in the image directory or in the instance's own; what it writes, only in its own.
+    """
+    own = state.instance(machine.uid)
+    to_read, to_write, boot = (state.images, own.path), (own.path,), machine.kernel_boot
+    yield File("kernel_boot.kernel", Path(boot.kernel), to_read, by_name=True)
+    if boot.initramfs:
+        yield File("kernel_boot.initramfs", Path(boot.initramfs), to_read, by_name=True)
+    for index, disk in enumerate(machine.disks):
+        roots, flags = (to_read, READ) if disk.read_only else (to_write, WRITE)
+        yield File(f"disks[{index}].path", Path(disk.path), roots, flags, disk.format)
+    # The last, for it is made where it is missing, and nothing is to change before the others were found in order.
+    yield File("console_log", own.console_log, to_write, APPEND, made=True)
+
+
+def check_values(machine: Machine, *, state: StateDirectory, host_memory_mib: int) -> None:
+    """Refuses a machine by what its description says, without a look at any file.
 
     Raises:
         InvalidArgument: values are wrong, or the memory is more than the host has.
@@ -55,67 +76,15 @@ def check_values(machine: Machine, *, state: StateDirectory, host_memory_mib: in
         violations.append(FieldViolation("memory_mib", description))
     if violations:
         raise InvalidArgument.of(violations)
-    for file in _files(machine, state):
+    for file in files(machine, state):
         if not any(PurePosixPath(file.path).is_relative_to(root) for root in file.roots):
             raise file.refused(f"does not lie in {' or '.join(map(str, file.roots))}")
-        if not all(map(_PLAIN_NAME.fullmatch, Path(file.path).relative_to(state.path).parts)):
+        if not all(map(_PLAIN_NAME.fullmatch, file.path.relative_to(state.path).parts)):
             raise file.refused(f"has a name below {state.path} with other characters than A-Z a-z 0-9 . _ + -")
 
 
-def check_files(machine: Machine, *, state: StateDirectory) -> None:
-    """Refuses a machine that passed `check_values` by what its files are.
-
-    QEMU opens them again by their names: who can exchange them in between owns the state directory and holds
-    QEMU's control socket, so gains nothing by it.
-
-    Raises:
-        FailedPrecondition: a file is not there.
-        PermissionDenied: a file is reached through a link, or is not a plain file that names no other.
-    """
-    owners = {os.geteuid(), state.path.stat().st_uid}
-    for file in _files(machine, state):
-        try:
-            with _opened(state.path, Path(file.path).relative_to(state.path)) as descriptor:
-                if why := _objection(descriptor, file.format, owners):
-                    raise file.refused(why)
-        except FileNotFoundError as error:
-            if not file.made_by_qemu:
-                raise FailedPrecondition(
-                    f"{file.field}: {file.path} does not exist",
-                    reason="FILE_MISSING",
-                    metadata={"field": file.field, "path": file.path},
-                ) from error
-        except OSError as error:
-            raise file.refused(f"cannot be reached without following a link: {error.strerror}") from error
-
-
-def _files(machine: Machine, state: StateDirectory) -> Iterator[_File]:
-    own = state.instance(machine.uid)
-    to_read, to_write = (state.images, own.path), (own.path,)
-    yield _File("kernel_boot.kernel", machine.kernel_boot.kernel, to_read)
-    if machine.kernel_boot.initramfs:
-        yield _File("kernel_boot.initramfs", machine.kernel_boot.initramfs, to_read)
-    for index, disk in enumerate(machine.disks):
-        yield _File(f"disks[{index}].path", disk.path, to_read if disk.read_only else to_write, disk.format)
-    yield _File("console_log", str(own.console_log), to_write, made_by_qemu=True)
-
-
-@contextlib.contextmanager
-def _opened(root: Path, below: Path) -> Iterator[int]:
-    """An `O_PATH` descriptor of a file, reached without following a link below `root`."""
-    with contextlib.ExitStack() as stack:
-        at = os.open(root, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
-        stack.callback(os.close, at)
-        for name in below.parts:
-            # With O_PATH this opens a link itself: `_objection` or the next step, which asks for a directory, sees it.
-            at = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
-            stack.callback(os.close, at)
-        yield at
-
-
-def _objection(descriptor: int, format_: DiskFormat, owners: set[int]) -> str:
-    """What is wrong with a file, or nothing."""
-    status = os.fstat(descriptor)
+def objection(status: os.stat_result, owners: Collection[int]) -> str:
+    """What is wrong with a file that is open, or nothing. Its owner may be one of these uids."""
     if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
     if not stat.S_ISREG(status.st_mode):
@@ -124,16 +93,14 @@ def _objection(descriptor: int, format_: DiskFormat, owners: set[int]) -> str:
         return f"has {status.st_nlink} hard links; a copy will do"
     if status.st_uid not in owners:
         return f"belongs to user {status.st_uid}"
-    return _qcow2_objection(descriptor) if format_ is DiskFormat.QCOW2 else ""
+    return ""
 
 
-def _qcow2_objection(descriptor: int) -> str:
+def qcow2_objection(header: bytes) -> str:
     """Why a file is no qcow2 that stands on its own: QEMU would open what it names, wherever that is.
 
     The header: https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/qcow2.txt
     """
-    with open(f"/proc/self/fd/{descriptor}", "rb") as file:
-        header = file.read(80)
     if not header.startswith(QCOW2_MAGIC):
         return "is not a qcow2 file"
     version, backing_file, incompatible_features = header[4:8], header[8:16], header[72:80]

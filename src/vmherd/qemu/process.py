@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
+from vmherd.qemu.network.rules import Port
+
 STDERR_TAIL_BYTES = 4096
 STDERR_TAIL_LINES = 20
 PID_MAX = 1 << 22
@@ -25,9 +27,13 @@ class Process:
     name: str
     generation: int
     argv: tuple[str, ...]
+    """QEMU's own words, without those of the programs that become QEMU."""
+    unix_uid: int
     boot_id: str
     started_at_s: float
     """Seconds since the epoch."""
+    ports: tuple[Port, ...] = ()
+    """Its places on the host's networks."""
     pid: int | None = None
     start_ticks: int | None = None
     """When it started, in clock ticks since boot: with the boot id and the pid it names the process for good."""
@@ -43,12 +49,17 @@ class Process:
         return self.ended_at_s is not None
 
 
-_KINDS = get_type_hints(Process) | {"argv": tuple}
+_KINDS = get_type_hints(Process) | {"argv": tuple, "ports": tuple}
 
 
 def temporary(path: Path) -> Path:
     """Where a record is written before it takes its name."""
     return path.with_suffix(".tmp")
+
+
+def private(path: str, flags: int) -> int:
+    """Opens a file that nobody else may read."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def write_record(path: Path, process: Process) -> None:
@@ -57,7 +68,7 @@ def write_record(path: Path, process: Process) -> None:
     Raises:
         OSError: there is no room, or no directory.
     """
-    with temporary(path).open("w") as file:
+    with open(temporary(path), "w", opener=private) as file:
         json.dump(asdict(process), file)
         file.flush()
         os.fsync(file.fileno())
@@ -73,7 +84,8 @@ def read_record(path: Path) -> Process:
     """
     try:
         fields = json.loads(path.read_bytes())
-        process = Process(**fields | {"argv": tuple(fields["argv"])})
+        ports = tuple(Port(**port) for port in fields["ports"])
+        process = Process(**fields | {"argv": tuple(fields["argv"]), "ports": ports})
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a process: {error!r}") from error
     for name, kind in _KINDS.items():
@@ -114,12 +126,16 @@ def open_pidfd(pid: int, ticks: int | None) -> int | None:
     return None
 
 
-def find_pid(argv: tuple[str, ...]) -> int | None:
-    """The pid of the process with this very command line, which holds a uid and so is nobody else's."""
-    wanted = b"".join(os.fsencode(word) + b"\0" for word in argv)
+def find_pid(argv: tuple[str, ...], unix_uid: int) -> int | None:
+    """The pid of the process with these last words on its command line, which hold a uid and so are nobody else's.
+
+    Before them are those of the programs that are about to become this one, as root. Others may have the same words.
+    """
+    wanted = b"\0" + b"".join(os.fsencode(word) + b"\0" for word in argv)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes() == wanted:
+            process = Path(f"/proc/{pid}")
+            if process.stat().st_uid in (0, unix_uid) and (b"\0" + (process / "cmdline").read_bytes()).endswith(wanted):
                 return int(pid)
     return None
 

@@ -8,16 +8,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
 
-from vmherd.model.errors import FailedPrecondition, NotFound, Unavailable
+from vmherd.model.errors import FailedPrecondition, NotFound, Unavailable, VmherdError
 from vmherd.model.layout import InstanceRun, RunDirectory
 from vmherd.model.machine import Machine
+from vmherd.qemu.files import Owners
+from vmherd.qemu.launch import listening, spawn
+from vmherd.qemu.network.rules import Port
 from vmherd.qemu.process import (
     Process,
     boot_id,
@@ -31,8 +34,23 @@ from vmherd.qemu.process import (
 )
 
 KILL_DEADLINE_S = 10.0
+UNPLUG_DEADLINE_S = 10.0
 
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What it takes to start a machine, beside its run directory."""
+
+    unix_uid: int
+    argv: Callable[[Sequence[int]], tuple[str, ...]]
+    """QEMU's words, for the descriptors of `InstanceRun.sockets`."""
+    before: tuple[str, ...] = ()
+    """The words of the programs that become QEMU."""
+    descriptors: tuple[int, ...] = ()
+    """Those that QEMU inherits beside the sockets'. They are somebody else's to close."""
+    ports: tuple[Port, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,10 +72,16 @@ class _Watcher:
 
 
 class ProcessTable:
-    """The processes below one run directory. It lives in an event loop; one helper at a time may have it."""
+    """The processes below one run directory. It lives in an event loop; one helper at a time may have it.
 
-    def __init__(self, directory: RunDirectory) -> None:
+    `unplug` takes a machine's ports from the networks of the host: it is called with its uid after its process ended.
+    """
+
+    def __init__(self, directory: RunDirectory, owners: Owners, unplug: Callable[[str], Awaitable[None]]) -> None:
         self._directory = directory
+        self._owners = owners
+        self._unplug = unplug
+        self._unplugging: set[asyncio.Task[None]] = set()
         self._processes: dict[str, Process] = {}
         self._running: dict[str, _Running] = {}
         self._watchers: set[_Watcher] = set()
@@ -82,7 +106,7 @@ class ProcessTable:
         pid, ticks = process.pid, process.start_ticks
         if pid is None:
             # The helper ended between this record and the start, or between the start and the record of the pid.
-            pid = find_pid(process.argv)
+            pid = find_pid(process.argv, process.unix_uid)
             if pid is None:
                 with contextlib.suppress(OSError):
                     _clear(run)
@@ -98,10 +122,16 @@ class ProcessTable:
         _log.info("adopted", uid=process.uid, pid=process.pid, running=not process.ended)
         self._put(process)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Lets go of the processes, which run on."""
         for uid in tuple(self._running):
             self._unwatch(uid)
+        if self._unplugging:
+            await asyncio.wait(self._unplugging, timeout=UNPLUG_DEADLINE_S)
+
+    def running(self) -> tuple[Process, ...]:
+        """The processes that run."""
+        return tuple(process for process in self._processes.values() if not process.ended)
 
     def list(self) -> tuple[Process, ...]:
         """The processes that run and those that ended and were not released."""
@@ -124,8 +154,8 @@ class ProcessTable:
         finally:
             self._watchers.discard(watcher)
 
-    async def start(self, machine: Machine, plan: Callable[[], Awaitable[tuple[str, ...]]]) -> Process:
-        """Starts a machine with the command line that `plan` gives, and answers as soon as its process runs.
+    async def start(self, machine: Machine, prepared: Callable[[], AbstractAsyncContextManager[Launch]]) -> Process:
+        """Starts a machine with what is `prepared` for it, and answers as soon as its process runs.
 
         Whether QEMU accepted the machine is seen by `watch` and on QEMU's control socket, which is left to the caller.
         The same uid and generation again answers with the process there is, whether it runs or ended.
@@ -142,9 +172,11 @@ class ProcessTable:
                 raise _other_generation(current, machine.generation)
             run = self._directory.instance(machine.uid)
             self._refuse_unreadable(machine.uid, run)
-            argv = await plan()
-            # Nothing is awaited from here on: a caller who gives up leaves no process or a recorded one.
-            return self._spawn(machine, argv, run)
+            if current is not None and current.ports:
+                await self._unplug(machine.uid)
+            async with prepared() as launch:
+                # Nothing is awaited in here: a caller who gives up leaves no process or a recorded one.
+                return self._spawn(machine, launch, run)
 
     async def stop(self, uid: str, generation: int, *, grace_s: float) -> Process:
         """Ends a process: SIGTERM, and SIGKILL after the grace; without any grace SIGKILL at once.
@@ -213,14 +245,19 @@ class ProcessTable:
                 reason="RECORD_UNREADABLE",
             )
 
-    def _spawn(self, machine: Machine, argv: tuple[str, ...], run: InstanceRun) -> Process:
-        process = Process(machine.uid, machine.name, machine.generation, argv, boot_id(), time.time())
+    def _spawn(self, machine: Machine, launch: Launch, run: InstanceRun) -> Process:
         try:
-            run.path.mkdir(mode=0o700, exist_ok=True)
-            _remove_files(run)
-            # Should the helper end right after the start, its successor finds the process by this record's argv.
-            write_record(run.process, process)
-            child = _popen(argv, run.stderr)
+            self._make(run)
+            with contextlib.ExitStack() as stack:
+                mode = self._owners.mode(0o660)
+                sockets = [stack.enter_context(listening(path, self._owners.group, mode)) for path in run.sockets]
+                process = Process(
+                    *(machine.uid, machine.name, machine.generation, launch.argv(sockets), launch.unix_uid),
+                    *(boot_id(), time.time(), launch.ports),
+                )
+                # Should the helper end right after the start, its successor finds the process by this record's argv.
+                write_record(run.process, process)
+                child = spawn((*launch.before, *process.argv), (*sockets, *launch.descriptors), run.stderr)
             try:
                 pidfd = os.pidfd_open(child.pid)
             except OSError:
@@ -241,6 +278,13 @@ class ProcessTable:
         self._put(process)
         _log.info("started", uid=machine.uid, name=machine.name, generation=machine.generation, pid=child.pid)
         return process
+
+    def _make(self, run: InstanceRun) -> None:
+        """Makes a run directory, empty and reachable for the controller's group."""
+        run.path.mkdir(mode=0o700, exist_ok=True)
+        _remove_files(run)
+        os.chown(run.path, -1, self._owners.group)
+        run.path.chmod(self._owners.mode(0o750))
 
     def _watch(self, uid: str, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
         loop = asyncio.get_running_loop()
@@ -269,6 +313,19 @@ class ProcessTable:
         )
         self._put(process)
         running.ended.set_result(process)
+        if process.ports:
+            unplugging = asyncio.create_task(self._unplug_ended(uid))
+            self._unplugging.add(unplugging)
+            unplugging.add_done_callback(self._unplugging.discard)
+
+    async def _unplug_ended(self, uid: str) -> None:
+        async with self._lock(uid):
+            process = self._processes.get(uid)
+            if process is None or process.ended:  # or it has started again, and what it had before is replaced
+                try:
+                    await self._unplug(uid)
+                except VmherdError as error:
+                    _log.error("ports not removed", uid=uid, why=error.message)
 
     def _put(self, process: Process) -> None:
         self._processes[process.uid] = process
@@ -282,25 +339,11 @@ class ProcessTable:
             watcher.arrived.set()
 
 
-def _popen(argv: tuple[str, ...], stderr_path: Path) -> subprocess.Popen[bytes]:
-    with stderr_path.open("wb") as stderr:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-            cwd="/",
-            env={"LC_ALL": "C"},
-            umask=0o077,
-            start_new_session=True,  # no signal of a terminal or of the helper's end reaches it
-        )
-
-
 def _remove_files(run: InstanceRun) -> None:
     """Removes vmherd's own files and sockets from a run directory."""
     directory = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        for path in (run.qmp, run.agent, run.console, run.stderr, temporary(run.process), run.process):
+        for path in (*run.sockets, run.stderr, temporary(run.process), run.process):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path.name, dir_fd=directory)
     finally:

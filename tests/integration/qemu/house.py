@@ -59,6 +59,7 @@ class House:
         self.kernel = self.state.images / "idle" / "kernel"
         self.kernel.parent.mkdir(parents=True)
         self.kernel.write_bytes(idle_kernel())
+        self.kernel.chmod(0o644)
         self.listen = self.path / "q.sock"
         self.settings = QemuSettings(
             listen=str(self.listen),
@@ -100,7 +101,8 @@ class House:
         """Runs another helper with settings that it must refuse: its exit code and what it said."""
         settings = QemuSettings()
         settings.CopyFrom(self.settings)
-        settings.MergeFrom(QemuSettings(**changes))  # type: ignore[arg-type]
+        for name, value in changes.items():
+            setattr(settings, name, value)
         second = await _helper(settings, stderr=asyncio.subprocess.PIPE)
         async with asyncio.timeout(DEADLINE_S):
             _, stderr = await second.communicate()
@@ -113,6 +115,9 @@ class House:
         disk = self.state.instance(uid).disk
         disk.parent.mkdir(parents=True, exist_ok=True)
         disk.write_bytes(bytes(1 << 20))
+        for path in (disk.parent, disk) if self.settings.controller_user else ():
+            if path.stat().st_uid == os.geteuid():  # so it is new, and the controller would have made it
+                os.chown(path, int(self.settings.controller_user), -1)
         machine = qemu_pb2.Machine(
             uid=uid,
             name="idle",
@@ -211,13 +216,13 @@ class House:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     def qemu_pids(self) -> list[int]:
-        """The QEMUs on this house's directories."""
-        needle = str(self.path).encode()
+        """The QEMUs, and what is about to become one, that write into this house's directories."""
         pids = []
         for pid in filter(str.isdecimal, os.listdir("/proc")):
-            with suppress(FileNotFoundError, ProcessLookupError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"qemu-system" in words[0] and any(needle in word for word in words):
+            # A process that has ended but was not waited for has neither of the two, and others' are none of ours.
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                is_qemu = b"-sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if is_qemu and os.readlink(f"/proc/{pid}/fd/2").startswith(f"{self.run.instances}/"):
                     pids.append(int(pid))
         return pids
 
@@ -226,6 +231,7 @@ class House:
 async def house() -> AsyncIterator[House]:
     """A house with its helper. Afterwards nothing of it is left, or the test has failed."""
     path = Path(tempfile.mkdtemp(prefix="q-", dir="/tmp"))  # a socket's path holds 107 bytes
+    os.chmod(path, 0o755)  # programs in QEMU's place lie in it
     it = House(path)
     try:
         await it.open()

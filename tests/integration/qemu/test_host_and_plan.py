@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import pytest
 from tests.integration.qemu.house import DEADLINE_S, House
 from vmherd.api.qemu.v1 import qemu_pb2
 from vmherd.api.settings.v1.settings_pb2 import QemuSettings
-from vmherd.model.errors import FailedPrecondition, InvalidArgument
-from vmherd.qemu.app import run
+from vmherd.model.errors import FailedPrecondition
 from vmherd.rpc.status import from_rpc_error
 
 pytestmark = pytest.mark.anyio
@@ -28,6 +28,11 @@ def memory_mib() -> int:
 
 def words_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+
+
+def without_numbers(words: list[str]) -> list[str]:
+    """The words without the numbers of descriptors, which differ."""
+    return [re.sub(r"(fd=|fd/|fdset/|set=)[0-9]+", r"\1N", word) for word in words]
 
 
 async def plan(house: House, machine: qemu_pb2.Machine) -> list[str]:
@@ -66,13 +71,13 @@ async def test_a_plan_is_what_start_runs(house: House) -> None:
     assert await house.processes() == []
     assert list(house.run.instances.iterdir()) == []
     process = await house.up(machine)
-    assert words_of(process.pid) == planned
+    assert without_numbers(words_of(process.pid)) == without_numbers(planned)
 
 
 async def test_a_plan_needs_no_files_but_every_check_of_values(house: House) -> None:
     machine = house.machine()
     house.state.instance(machine.uid).disk.unlink()
-    assert machine.disks[0].path in " ".join(await plan(house, machine))
+    assert "node-name=disk0-file" in " ".join(await plan(house, machine))
     for changed, text in (
         (house.machine(memory_mib=64 * 1024 * 1024), "MiB of this host"),
         (house.machine(kernel_boot={"kernel": "/etc/passwd"}), "does not lie in"),
@@ -127,15 +132,16 @@ async def test_settings_that_cannot_be_served(house: House) -> None:
         "run_dir": str(house.path / "state" / "run"),
         "state_dir": str(house.state.path),
     }
-    cases: list[tuple[dict[str, str], type[Exception], str]] = [
-        ({"listen": ""}, InvalidArgument, "listen: must be an absolute path"),
-        ({"run_dir": "run"}, InvalidArgument, "run_dir: must be an absolute path"),
-        ({"state_dir": "/a/../b"}, InvalidArgument, "state_dir: must be an absolute path"),
-        ({"state_dir": str(house.path / "none")}, FailedPrecondition, "state_dir: cannot use"),
-        ({"run_dir": str(file)}, FailedPrecondition, "run_dir: cannot use"),
-        ({"run_dir": long}, FailedPrecondition, "choose a shorter run directory"),
-        ({"listen": f"{long}/{'x' * 60}"}, FailedPrecondition, "choose a shorter run directory"),
+    cases = [
+        ({"listen": ""}, "listen: must be an absolute path"),
+        ({"run_dir": "run"}, "run_dir: must be an absolute path"),
+        ({"state_dir": "/a/../b"}, "state_dir: must be an absolute path"),
+        ({"state_dir": str(house.path / "none")}, "state_dir: cannot use"),
+        ({"run_dir": str(file)}, "run_dir: cannot use"),
+        ({"run_dir": long}, "choose a shorter run directory"),
+        ({"listen": f"{long}/{'x' * 60}"}, "choose a shorter run directory"),
     ]
-    for changes, kind, text in cases:
-        with pytest.raises(kind, match=text):
-            await run(QemuSettings(**(good | changes)))
+    for changes, text in cases:
+        code, stderr = await house.second_helper(**(good | changes))
+        assert code != 0
+        assert text in stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,15 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmherd.model.layout import RunDirectory, StateDirectory
-from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend
+from vmherd.host.accelerator import Accelerator
+from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, PortForward, Protocol
 from vmherd.qemu import command_line
-from vmherd.qemu.accelerator import Accelerator
+from vmherd.qemu.command_line import Descriptors
 
 GOLDEN = Path(__file__).parent / "golden"
 UID = "6b1f3b0e-5f0c-4b54-9d3c-0123456789ab"
-RUN = RunDirectory(Path("/run/vmherd")).instance(UID)
-STATE = StateDirectory(Path("/var/lib/vmherd"))
 
 SMALL = Machine(
     uid=UID,
@@ -40,7 +39,14 @@ FULL = Machine(
         Disk(f"/var/lib/vmherd/instances/{UID}/disk.raw", DiskFormat.RAW),
         Disk("/var/lib/vmherd/images/base/disk.qcow2", DiskFormat.QCOW2, read_only=True),
     ),
-    nics=(Nic("52:54:00:12:34:56", NicBackend.USER), Nic("52:54:00:12:34:57", NicBackend.USER)),
+    nics=(
+        Nic(
+            "52:54:00:12:34:56",
+            NicBackend.USER,
+            forwards=(PortForward(Protocol.TCP, 22), PortForward(Protocol.UDP, 53, host_port=5353)),
+        ),
+        Nic("52:54:00:12:34:57", NicBackend.BRIDGE, network="office", ipv4_address="10.20.30.2"),
+    ),
 )
 
 
@@ -49,8 +55,7 @@ def argv(machine: Machine, accelerator: Accelerator = "tcg") -> tuple[str, ...]:
         machine,
         qemu_binary=Path("/usr/bin/qemu-system-x86_64"),
         accelerator=accelerator,
-        run=RUN,
-        console_log=STATE.instance(UID).console_log,
+        descriptors=Descriptors.of(machine, itertools.count(3)),
     )
 
 
@@ -67,6 +72,15 @@ def test_the_command_line_is_the_golden_one(golden: str, machine: Machine, accel
 )
 def test_the_buffer_of_translated_code_grows_with_the_memory(memory_mib: int, size_mib: int) -> None:
     assert f"tcg,thread=multi,tb-size={size_mib}" in argv(replace(SMALL, memory_mib=memory_mib))
+
+
+def test_descriptors_come_in_the_order_of_the_fields() -> None:
+    assert Descriptors.of(SMALL, itertools.count(3)) == Descriptors(3, 4, 5, 6, None, (), 7, {})
+    assert Descriptors.of(FULL, itertools.count(3)) == Descriptors(3, 4, 5, 6, 7, (8, 9), 10, {1: 11})
+
+
+def test_no_name_of_a_file_is_on_the_command_line() -> None:
+    assert "/var/lib" not in " ".join(argv(FULL))
 
 
 def parsed(words: str) -> dict[str, str]:
@@ -90,24 +104,14 @@ def test_no_value_becomes_an_option(path: str, name: str) -> None:
 )
 def test_hostile_values_stay_in_their_word(hostile: str) -> None:
     """Even a value that the policy refuses would not become an option or a word of its own."""
-    machine = replace(
-        FULL,
-        name=hostile,
-        kernel_boot=KernelBoot(hostile, hostile, hostile),
-        disks=(Disk(hostile, DiskFormat.RAW),),
-        nics=(Nic(hostile, NicBackend.USER),),
-    )
-    harmless = replace(
-        machine,
-        name="name",
-        kernel_boot=KernelBoot("kernel", "initramfs", "command line"),
-        disks=(Disk("disk", DiskFormat.RAW),),
-        nics=(Nic("mac", NicBackend.USER),),
-    )
+    boot = replace(FULL.kernel_boot, command_line=hostile)
+    machine = replace(FULL, name=hostile, kernel_boot=boot, nics=(Nic(hostile, NicBackend.USER),))
+    harmless = replace(FULL, name="name", nics=(Nic("mac", NicBackend.USER),))
     words, expected = argv(machine), argv(harmless)
     assert len(words) == len(expected)
     differing = [(word, other) for word, other in zip(words, expected, strict=True) if word != other]
-    assert [word for word, _ in differing[1:4]] == [hostile] * 3  # -kernel, -initrd and -append take any text
-    for word, other in (differing[0], *differing[4:]):
+    assert len(differing) == 3
+    assert differing[1][0] == hostile  # -append takes any text
+    for word, other in (differing[0], differing[2]):
         assert parsed(word).keys() == parsed(other).keys()
         assert [value for value in parsed(word).values() if value == hostile] == [hostile]

@@ -12,11 +12,12 @@ import pytest
 from vmherd.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from vmherd.model.layout import StateDirectory
 from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine
-from vmherd.qemu import policy
+from vmherd.qemu import files, policy
 
 UID = "6b1f3b0e-5f0c-4b54-9d3c-0123456789ab"
 OTHER_UID = "00000000-0000-0000-0000-000000000000"
 HOST_MEMORY_MIB = 1024
+OWN = files.Owners(os.geteuid(), os.getegid(), machines=None)
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def machine(state: StateDirectory) -> Machine:
 
 def check(machine: Machine, state: StateDirectory) -> None:
     policy.check_values(machine, state=state, host_memory_mib=HOST_MEMORY_MIB)
-    policy.check_files(machine, state=state)
+    with files.opened(machine, state, OWN, others=()):
+        pass
 
 
 def open_descriptors() -> int:
@@ -231,8 +233,8 @@ def test_a_link_on_the_way_is_refused(state: StateDirectory, level: str) -> None
     at, field = {
         "images": (state.images, "kernel_boot.kernel"),
         "image": (kernel(state).parent, "kernel_boot.kernel"),
-        "instances": (state.instances, "disks[0].path"),
-        "instance": (own, "disks[0].path"),
+        "instances": (state.instances, "uid"),
+        "instance": (own, "uid"),
     }[level]
     elsewhere = state.path.parent / "elsewhere"
     at.rename(elsewhere)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vmherd.qemu.network.rules import Port
 from vmherd.qemu.process import (
     Process,
     find_pid,
@@ -21,7 +22,11 @@ from vmherd.qemu.process import (
     write_record,
 )
 
-RUNS = Process("uid", "name", 1, ("qemu", "a b", ""), "boot", 1.5, pid=7, start_ticks=9)
+PORTS = (
+    Port("office", "vm0123456789a0", "52:54:00:12:34:56", "10.20.30.2"),
+    Port("lab", "vm0123456789a1", "52:54:00:12:34:57"),
+)
+RUNS = Process("uid", "name", 1, ("qemu", "a b", ""), 1900000002, "boot", 1.5, PORTS, pid=7, start_ticks=9)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,10 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path, process: Process) -> None
         {"uid": None},
         {"argv": None},
         {"argv": 5},
+        {"unix_uid": None},
+        {"ports": None},
+        {"ports": [{}]},
+        {"ports": [{"network": "office", "device": "eth0"}]},
         {"generation": 1.5},
         {"started_at_s": "now"},
         {"unknown": 1},
@@ -103,14 +112,32 @@ def test_a_pid_that_became_a_thread_s_is_no_process() -> None:
         thread.join()
 
 
-def test_a_process_is_found_by_its_whole_command_line() -> None:
-    argv = ("/bin/sh", "-c", "echo; read line", "a b", "")
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+@pytest.mark.parametrize("before", [(), ("/bin/sh", "-c", 'echo; read line; "$@"', "sh")])
+def test_a_process_is_found_by_the_end_of_its_command_line(before: tuple[str, ...]) -> None:
+    argv, uid = ("/bin/sh", "-c", "echo; read line", "a b", ""), os.geteuid()
+    with subprocess.Popen((*before, *argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the kernel shows a command line a moment after the start
-        assert find_pid(argv) == process.pid
-        assert find_pid(argv[:-1]) is None
-        assert find_pid((*argv, "")) is None
+        assert find_pid(argv, uid) == process.pid
+        assert find_pid(argv[:-1], uid) is None
+        assert find_pid((*argv, ""), uid) is None
+        assert find_pid(("in/sh", *argv[1:]), uid) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has processes of other users")
+def test_a_stranger_with_the_same_command_line_is_not_taken_for_the_process() -> None:
+    argv = ("/bin/sh", "-c", "echo; read line", "stranger")
+    stranger = subprocess.Popen(argv, user=65533, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with stranger:
+        assert stranger.stdout is not None
+        stranger.stdout.readline()
+        assert find_pid(argv, 65532) is None
+        assert find_pid(argv, 65533) == stranger.pid
+
+
+def test_a_record_is_nobody_else_s_to_read(tmp_path: Path) -> None:
+    write_record(tmp_path / "process.json", RUNS)
+    assert (tmp_path / "process.json").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

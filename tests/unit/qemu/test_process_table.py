@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import pytest
 from vmherd.model.errors import FailedPrecondition, NotFound
 from vmherd.model.layout import RunDirectory
 from vmherd.model.machine import KernelBoot, Machine
+from vmherd.qemu.files import Owners
+from vmherd.qemu.network.rules import Port
 from vmherd.qemu.process import Process, read_record, write_record
-from vmherd.qemu.process_table import ProcessTable
+from vmherd.qemu.process_table import Launch, ProcessTable
 
 pytestmark = pytest.mark.anyio
 
@@ -25,17 +27,32 @@ MACHINE = Machine("6b1f3b0e-5f0c-4b54-9d3c-0123456789ab", "vm", 1, 1, 128, Kerne
 OTHER = replace(MACHINE, uid="00000000-0000-0000-0000-000000000000", name="other")
 FAILS = ("/bin/sh", "-c", "echo broken >&2; exit 3")
 SITS = ("/bin/sleep", "60")
+OWN = Owners(os.geteuid(), os.getegid(), machines=None)
+PORT = Port("office", "vm0123456789a0", "52:54:00:12:34:56", "10.20.30.2")
 
 
-def plan(*argv: str) -> Callable[[], Awaitable[tuple[str, ...]]]:
-    async def planned() -> tuple[str, ...]:
-        return argv
+def launch(*argv: str, ports: tuple[Port, ...] = ()) -> Launch:
+    return Launch(os.geteuid(), lambda _sockets: argv, ports=ports)
+
+
+def plan(*argv: str, ports: tuple[Port, ...] = ()) -> Callable[[], AbstractAsyncContextManager[Launch]]:
+    @asynccontextmanager
+    async def planned() -> AsyncIterator[Launch]:
+        yield launch(*argv, ports=ports)
 
     return planned
 
 
-async def never() -> tuple[str, ...]:
+def never() -> AbstractAsyncContextManager[Launch]:
     raise AssertionError("no command line is needed")
+
+
+class Unplugged(list[str]):
+    """In the place of the networks: the uids of the machines that were unplugged."""
+
+    async def unplug(self, uid: str) -> None:
+        await asyncio.sleep(0)
+        self.append(uid)
 
 
 def children() -> set[int]:
@@ -53,13 +70,18 @@ async def directory() -> AsyncIterator[RunDirectory]:
 
 
 @pytest.fixture
-async def table(directory: RunDirectory) -> AsyncIterator[ProcessTable]:
+def unplugged() -> Unplugged:
+    return Unplugged()
+
+
+@pytest.fixture
+async def table(directory: RunDirectory, unplugged: Unplugged) -> AsyncIterator[ProcessTable]:
     before = children()
-    table = ProcessTable(directory)
+    table = ProcessTable(directory, OWN, unplugged.unplug)
     yield table
     for process in table.list():
         await table.stop(process.uid, process.generation, grace_s=0)
-    table.close()
+    await table.close()
     assert children() == before
 
 
@@ -71,10 +93,11 @@ async def start_under_way(table: ProcessTable) -> AsyncIterator[tuple[asyncio.Ev
     """
     asked, go_on = asyncio.Event(), asyncio.Event()
 
-    async def held() -> tuple[str, ...]:
+    @asynccontextmanager
+    async def held() -> AsyncIterator[Launch]:
         asked.set()
         await go_on.wait()
-        return SITS
+        yield launch(*SITS)
 
     start = asyncio.create_task(table.start(MACHINE, held))
     try:
@@ -187,10 +210,11 @@ async def test_a_link_in_place_of_the_run_directory_is_not_followed(
 async def test_a_caller_who_gives_up_at_any_moment_leaves_no_process_or_a_recorded_one(
     table: ProcessTable, directory: RunDirectory
 ) -> None:
-    async def planned() -> tuple[str, ...]:
+    @asynccontextmanager
+    async def planned() -> AsyncIterator[Launch]:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        return SITS
+        yield launch(*SITS)
 
     before = children()
     given_up = []
@@ -290,7 +314,62 @@ async def test_a_start_without_a_process_is_forgotten_even_beside_a_foreign_file
     run = directory.instance(MACHINE.uid)
     write_record(run.process, replace(process, pid=None, start_ticks=None, ended_at_s=None, exit_code=None))
     (run.path / "foreign").touch()
-    later = ProcessTable(directory)
+    later = ProcessTable(directory, OWN, Unplugged().unplug)
     later.adopt()
     assert later.list() == ()
     assert os.listdir(run.path) == ["foreign"]
+
+
+async def test_a_machine_is_unplugged_once_it_has_ended(table: ProcessTable, unplugged: Unplugged) -> None:
+    await table.start(OTHER, plan(*FAILS))
+    await end_of(table, OTHER)
+    process = await table.start(MACHINE, plan(*SITS, ports=(PORT,)))
+    assert table.running() == (process,)
+    assert process.ports == (PORT,)
+    await table.stop(MACHINE.uid, 1, grace_s=0)
+    assert table.running() == ()
+    await table.close()  # waits for what is under way
+    assert unplugged == [MACHINE.uid]  # the other had no ports
+
+
+async def test_the_end_of_one_start_does_not_unplug_the_next(table: ProcessTable, unplugged: Unplugged) -> None:
+    @asynccontextmanager
+    async def planned() -> AsyncIterator[Launch]:
+        unplugged.append("and plugged in again")
+        yield launch(*SITS, ports=(PORT,))
+
+    await table.start(MACHINE, plan(*SITS, ports=(PORT,)))
+    await table.stop(MACHINE.uid, 1, grace_s=0)
+    await table.start(replace(MACHINE, generation=2), planned)
+    with pytest.raises(FailedPrecondition):
+        await table.release(MACHINE.uid)  # has to wait for what the end of the first one had to do
+    assert unplugged[-1] == "and plugged in again"
+    assert set(unplugged[:-1]) == {MACHINE.uid}
+
+
+async def test_a_socket_takes_connections_as_soon_as_its_process_is_there(
+    table: ProcessTable, directory: RunDirectory
+) -> None:
+    inherited: list[int] = []
+
+    def argv(sockets: Sequence[int]) -> tuple[str, ...]:
+        inherited.extend(sockets)
+        return SITS
+
+    @asynccontextmanager
+    async def planned() -> AsyncIterator[Launch]:
+        yield Launch(os.geteuid(), argv)
+
+    process = await table.start(MACHINE, planned)
+    run = directory.instance(MACHINE.uid)
+    links = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in inherited]
+    assert len(links) == 3
+    assert all(link.startswith("socket:") for link in links)
+    for path in run.sockets:
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.close()
+        await writer.wait_closed()
+    await table.stop(MACHINE.uid, 1, grace_s=0)
+    for path in run.sockets:
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_unix_connection(path)

@@ -1,9 +1,10 @@
-"""The guest's addresses, picked from what its agent says of its network interfaces."""
+"""The guest's addresses, picked from what its agent says of its network interfaces, and merged with what others say."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain, islice
 
 from vmherd.model.instance import Address
 
@@ -18,7 +19,16 @@ def addresses_of(interfaces: object, macs: Collection[str]) -> tuple[Address, ..
     passed over. Loopback and link-local addresses are left out, for nobody outside reaches the guest there.
     """
     found = (address for interface in _dicts(interfaces) for address in _on_interface(interface, macs))
-    return tuple(address for address, _ in zip(found, range(ADDRESSES_MAX), strict=False))
+    return tuple(islice(found, ADDRESSES_MAX))
+
+
+def merged(*told: Iterable[Address]) -> tuple[Address, ...]:
+    """All addresses, without those that one who is trusted more has told of the same network interface."""
+    by_trust = sorted(chain.from_iterable(told), key=lambda address: address.source)
+    shown: dict[tuple[str, str], Address] = {}
+    for address in by_trust:
+        shown.setdefault((address.mac, address.address), address)
+    return tuple(islice(shown.values(), ADDRESSES_MAX))
 
 
 def _on_interface(interface: dict[str, object], macs: Collection[str]) -> Iterator[Address]:

@@ -35,7 +35,7 @@ from vmherd.image.registry import ImageRegistry
 from vmherd.model.errors import FailedPrecondition
 from vmherd.model.layout import RunDirectory, StateDirectory
 from vmherd.rpc.channel import open_channel
-from vmherd.rpc.serving import check_socket_path, serving, until_signalled
+from vmherd.rpc.serving import check_socket_path, find_group, serve_until_signalled, serving
 from vmherd.rpc.token import read_token
 
 _log = structlog.get_logger()
@@ -53,6 +53,7 @@ async def run(settings: ControllerSettings) -> None:
     run_directory, state = RunDirectory(Path(settings.run_dir)), StateDirectory(Path(settings.state_dir))
     check_socket_path(run_directory.longest_socket_path())
     token = read_token(Path(settings.token_file)) if settings.listen_tcp else ""
+    group = find_group(settings.socket_group) if settings.socket_group else None
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_owned(state))
         store = _open_store(state)
@@ -90,10 +91,10 @@ async def run(settings: ControllerSettings) -> None:
             ),
         }
         port = await stack.enter_async_context(
-            serving(services, Path(settings.listen), tcp=settings.listen_tcp, token=token)
+            serving(services, Path(settings.listen), group=group, tcp=settings.listen_tcp, token=token)
         )
         _log.info("controller is ready", socket=settings.listen, tcp_port=port)
-        await until_signalled()
+        await serve_until_signalled(f"serving on {settings.listen}")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from vmherd.api.v1 import controller_pb2, instance_pb2
 from vmherd.controller.views import InstanceChange, Progress, Snapshot
 from vmherd.model.errors import FieldViolation, InvalidArgument
-from vmherd.model.instance import Exit, Instance, LaunchSpec
+from vmherd.model.instance import Exit, Instance, LaunchSpec, NetworkInterface
+from vmherd.model.machine import PortForward, Protocol
+from vmherd.model.network import Network
 from vmherd.model.readiness import Rung
 
 WAIT_TIMEOUT_DEFAULT_S = 120.0
@@ -29,8 +31,27 @@ def fingerprint(request: Message) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
+PROTOCOLS = {
+    instance_pb2.PortForward.PROTOCOL_UNSPECIFIED: Protocol.TCP,
+    instance_pb2.PortForward.TCP: Protocol.TCP,
+    instance_pb2.PortForward.UDP: Protocol.UDP,
+}
+
+
 def launch_spec(request: controller_pb2.LaunchRequest) -> LaunchSpec:
-    """What a user asks for."""
+    """What a user asks for.
+
+    Raises:
+        InvalidArgument: there is no such protocol; protobuf lets any number pass.
+    """
+    unknown = [
+        FieldViolation(f"nics[{i}].forwards[{j}].protocol", f"must be TCP or UDP, is {forward.protocol}")
+        for i, nic in enumerate(request.nics)
+        for j, forward in enumerate(nic.forwards)
+        if forward.protocol not in PROTOCOLS
+    ]
+    if unknown:
+        raise InvalidArgument.of(unknown)
     hardware = request.hardware
     return LaunchSpec(
         name=request.name,
@@ -40,6 +61,20 @@ def launch_spec(request: controller_pb2.LaunchRequest) -> LaunchSpec:
         start=request.start if request.HasField("start") else True,
         labels=dict(request.labels),
         request_id=request.request_id,
+        nics=tuple(map(_asked, request.nics)),
+        autostart=request.autostart,
+    )
+
+
+def _asked(nic: instance_pb2.Nic) -> NetworkInterface:
+    return NetworkInterface(
+        network=nic.network,
+        mac=nic.mac.lower(),
+        ipv4_address=nic.ipv4_address,
+        ipv6_address=nic.ipv6_address,
+        forwards=tuple(
+            PortForward(PROTOCOLS[forward.protocol], forward.guest_port, forward.host_port) for forward in nic.forwards
+        ),
     )
 
 
@@ -105,6 +140,18 @@ def plan_instance(instance: Instance) -> instance_pb2.Instance:
     return _instance(instance, 0)
 
 
+def network_message(network: Network) -> controller_pb2.Network:
+    """A network of the host."""
+    return controller_pb2.Network(
+        name=network.name,
+        bridge=network.bridge,
+        subnet=str(network.subnet or ""),
+        gateway=str(network.gateway or ""),
+        ipv6_subnet=str(network.ipv6_subnet or ""),
+        isolated=network.isolated,
+    )
+
+
 def _instance(instance: Instance, revision: int) -> instance_pb2.Instance:
     return instance_pb2.Instance(
         name=instance.name,
@@ -118,7 +165,7 @@ def _instance(instance: Instance, revision: int) -> instance_pb2.Instance:
                 prefix_length=address.prefix_length,
                 mac=address.mac,
                 interface=address.interface,
-                source=instance_pb2.Address.AGENT,
+                source=instance_pb2.Address.Source.Value(address.source.name),
             )
             for address in instance.addresses
         ],
@@ -129,10 +176,31 @@ def _instance(instance: Instance, revision: int) -> instance_pb2.Instance:
         last_exit=_exit(instance.last_exit) if instance.last_exit else None,
         revision=revision,
         frozen_until=_timestamp(instance.frozen_until_s) if instance.frozen_until_s is not None else None,
+        nics=[_nic(nic) for nic in instance.nics],
+        autostart=instance.autostart,
+    )
+
+
+def _nic(nic: NetworkInterface) -> instance_pb2.Nic:
+    host_ports = nic.bound_ports or [forward.host_port for forward in nic.forwards]
+    return instance_pb2.Nic(
+        network=nic.network,
+        mac=nic.mac,
+        ipv4_address=nic.ipv4_address,
+        ipv6_address=nic.ipv6_address,
+        forwards=[
+            instance_pb2.PortForward(
+                protocol=instance_pb2.PortForward.Protocol.Value(forward.protocol.name),
+                guest_port=forward.guest_port,
+                host_port=host_port,
+            )
+            for forward, host_port in zip(nic.forwards, host_ports, strict=True)
+        ],
     )
 
 
 def _readiness(instance: Instance) -> instance_pb2.Readiness:
+    reached = instance.readiness.reached
     steps = [
         instance_pb2.Readiness.Step(
             rung=instance_pb2.Readiness.Rung.Value(step.rung.name),
@@ -142,7 +210,7 @@ def _readiness(instance: Instance) -> instance_pb2.Readiness:
         for step in instance.readiness.steps
     ]
     return instance_pb2.Readiness(
-        reached=steps[-1].rung if steps else instance_pb2.Readiness.RUNG_UNSPECIFIED, steps=steps
+        reached=instance_pb2.Readiness.Rung.Value(reached.name if reached else "RUNG_UNSPECIFIED"), steps=steps
     )
 
 

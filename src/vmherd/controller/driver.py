@@ -27,10 +27,10 @@ from vmherd.guest_agent.holding import uninterrupted
 from vmherd.image.errors import ImageError
 from vmherd.image.registry import KernelImage
 from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, VmherdError
-from vmherd.model.instance import Cause, Exit, Instance, Operation, StopStep, Verb
+from vmherd.model.instance import Cause, Exit, Instance, NetworkInterface, Operation, StopStep, Verb
 from vmherd.model.layout import StateDirectory
 from vmherd.model.lifecycle import ACTIVE, Event, State
-from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend, mac_of
+from vmherd.model.machine import Disk, DiskFormat, KernelBoot, Machine, Nic, NicBackend
 from vmherd.model.readiness import Rung
 from vmherd.rpc.interceptors import unexpected
 
@@ -182,8 +182,14 @@ def machine_of(instance: Instance, image: KernelImage, state: StateDirectory) ->
             command_line=f"{image.command_line} vmherd.hostname={instance.name}",
         ),
         disks=(Disk(str(state.instance(instance.uid).disk), DiskFormat.RAW),),
-        nics=(Nic(mac_of(instance.uid), NicBackend.USER),),
+        nics=tuple(map(_nic, instance.nics)),
     )
+
+
+def _nic(nic: NetworkInterface) -> Nic:
+    if nic.on_bridge:
+        return Nic(nic.mac, NicBackend.BRIDGE, nic.network, nic.ipv4_address)
+    return Nic(nic.mac, NicBackend.USER, forwards=nic.forwards)
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
@@ -192,6 +198,7 @@ async def _in_thread(work: Callable[[], None]) -> None:
 
 
 def _make_disk(directory: os.PathLike[str], disk: os.PathLike[str]) -> None:
+    # A helper that is root gives both to the user of the machine at its start, and lets the group of this process in.
     os.makedirs(directory, mode=0o700, exist_ok=True)
     descriptor = os.open(disk, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal as signals
 
 from vmherd.controller.helper import Process
@@ -13,6 +14,11 @@ HOST_SIGNAL = "host-signal"
 """Reasons of QMP's SHUTDOWN event that do not mean a guest that ended in good order."""
 
 STDERR_TAIL_MAX_CHARACTERS = 500
+
+PRIVILEGED_PORTS = range(1024)
+
+_NOT_BOUND = re.compile(r"Could not set up host forwarding rule '(tcp|udp):127\.0\.0\.1:(\d+)-[\d.]*:(\d+)'")
+"""What QEMU says of a port forward before it exits."""
 
 STOP_STEP_NAMES = {
     StopStep.AGENT: "the guest agent shut the guest down",
@@ -51,7 +57,7 @@ def judge(
         event, cause, detail = Event.DIED, Cause.VANISHED, "QEMU is gone and nobody saw how it ended"
     if cause in (Cause.CRASHED, Cause.VANISHED):
         cause = cause if came_up or stopping else Cause.START_FAILED
-        detail = ": ".join([detail, *process.stderr_tail.splitlines()[-1:]])
+        detail = _port_not_bound(process) or ": ".join([detail, *process.stderr_tail.splitlines()[-1:]])
     return event, Exit(
         cause=cause,
         detail=detail,
@@ -61,6 +67,15 @@ def judge(
         signal=process.signal,
         stderr_tail=process.stderr_tail,
     )
+
+
+def _port_not_bound(process: Process) -> str:
+    """What to make of a port forward that QEMU could not set up; empty where there was none."""
+    if not (found := _NOT_BOUND.search(process.stderr_tail)):
+        return ""
+    protocol, port, guest_port = found.groups()
+    why = "only root may bind it" if int(port) in PRIVILEGED_PORTS else "does another program have it?"
+    return f"QEMU cannot bind {protocol} port {port} of 127.0.0.1, which leads to the guest's port {guest_port}; {why}"
 
 
 def short_tail(stderr_tail: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol, TypeVar
 
 import grpc
@@ -14,7 +15,9 @@ from google.protobuf.message import Message
 
 from vmherd.api.qemu.v1 import qemu_pb2, qemu_pb2_grpc
 from vmherd.model.errors import Unavailable, VmherdError
-from vmherd.model.machine import Machine
+from vmherd.model.instance import Address, Source
+from vmherd.model.machine import Machine, Nic
+from vmherd.model.network import Network
 from vmherd.rpc.status import from_rpc_error
 
 T = TypeVar("T")
@@ -24,10 +27,15 @@ _log = structlog.get_logger()
 CALL_TIMEOUT_S = 60.0
 """Long, because the first question about the host makes the helper measure its accelerators."""
 
+ADDRESSES_TIMEOUT_S = 5.0
+"""For a question that is asked again anyway."""
+
 PATIENCE_S = 1.0
 """How long the helper may take to answer before it counts as lost; a connection is made in milliseconds."""
 
 RECONNECT_DELAY_S = 0.2
+
+SOURCES = {qemu_pb2.Address.LEASE: Source.LEASE, qemu_pb2.Address.NEIGHBOUR: Source.NEIGHBOUR}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,19 @@ class Host:
     accelerator: str
     why: str
     """Why it is this accelerator, for people."""
+    networks: tuple[Network, ...] = ()
+    """Networks that machines can be plugged into, the default first."""
+
+
+@dataclass(frozen=True)
+class MachinePlan:
+    """What a start would run and make."""
+
+    argv: tuple[str, ...]
+    devices: tuple[str, ...]
+    """The network devices, for people."""
+    rules: tuple[str, ...]
+    """The firewall rules, in the language of nft."""
 
 
 class Listener(Protocol):
@@ -104,10 +125,16 @@ class Helper:
         """Forgets an ended machine and removes its run directory."""
         await self._call(self._stub.Release, qemu_pb2.ReleaseRequest(uid=uid))
 
-    async def plan(self, machine: Machine) -> list[str]:
-        """The command line that `start` would run."""
+    async def plan(self, machine: Machine) -> MachinePlan:
+        """What `start` would run and make."""
         response = await self._call(self._stub.Plan, qemu_pb2.PlanRequest(machine=_machine(machine)))
-        return list(response.argv)
+        return MachinePlan(tuple(response.argv), tuple(response.devices), tuple(response.rules))
+
+    async def addresses(self, uid: str) -> tuple[Address, ...]:
+        """A machine's addresses on the host's networks, as DHCP leases and the neighbour table show them."""
+        request = qemu_pb2.ListAddressesRequest(uid=uid)
+        response = await self._call(self._stub.ListAddresses, request, timeout_s=ADDRESSES_TIMEOUT_S)
+        return tuple(_address(address) for address in response.addresses if address.source in SOURCES)
 
     async def host(self) -> Host:
         """Describes the host."""
@@ -116,7 +143,8 @@ class Helper:
             f"{a.name}: {a.detail or f'{a.elapsed.ToTimedelta().total_seconds():.2f} s of measured work'}"
             for a in response.accelerators
         )
-        return Host(response.memory_mib, response.accelerator, told or "as the settings of the helper say")
+        why = told or "as the settings of the helper say"
+        return Host(response.memory_mib, response.accelerator, why, tuple(map(_network, response.networks)))
 
     async def follow(self, listener: Listener) -> None:
         """Tells the listener what the helper tells, over every loss of the connection, until cancelled."""
@@ -163,9 +191,11 @@ class Helper:
         self._connected.clear()
         listener.helper_lost()
 
-    async def _call(self, method: Callable[..., Awaitable[T]], request: Message) -> T:
+    async def _call(
+        self, method: Callable[..., Awaitable[T]], request: Message, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> T:
         try:
-            return await method(request, timeout=CALL_TIMEOUT_S)
+            return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise self._meaning(error) from error
 
@@ -198,8 +228,39 @@ def _machine(machine: Machine) -> qemu_pb2.Machine:
             qemu_pb2.Disk(path=disk.path, format=qemu_pb2.Disk.Format.Value(disk.format.name), read_only=disk.read_only)
             for disk in machine.disks
         ],
-        nics=[qemu_pb2.Nic(mac=nic.mac, backend=qemu_pb2.Nic.Backend.Value(nic.backend.name)) for nic in machine.nics],
+        nics=map(_nic, machine.nics),
     )
+
+
+def _nic(nic: Nic) -> qemu_pb2.Nic:
+    return qemu_pb2.Nic(
+        mac=nic.mac,
+        backend=qemu_pb2.Nic.Backend.Value(nic.backend.name),
+        network=nic.network,
+        ipv4_address=nic.ipv4_address,
+        forwards=[
+            qemu_pb2.PortForward(
+                protocol=qemu_pb2.PortForward.Protocol.Value(forward.protocol.name),
+                host_port=forward.host_port,
+                guest_port=forward.guest_port,
+            )
+            for forward in nic.forwards
+        ],
+    )
+
+
+def _network(message: qemu_pb2.Network) -> Network:
+    return Network(
+        name=message.name,
+        bridge=message.bridge,
+        subnet=IPv4Network(message.subnet) if message.subnet else None,
+        ipv6_subnet=IPv6Network(message.ipv6_subnet) if message.ipv6_subnet else None,
+        isolated=message.isolated,
+    )
+
+
+def _address(message: qemu_pb2.Address) -> Address:
+    return Address(message.address, message.prefix_length, message.mac, source=SOURCES[message.source])
 
 
 def _process(message: qemu_pb2.Process) -> Process:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import structlog
-from google.protobuf import json_format
-from google.rpc import status_pb2
 
 from vmherd.controller import requests
+from vmherd.controller.autostart import autostart
 from vmherd.controller.driver import machine_of
-from vmherd.controller.helper import Process
+from vmherd.controller.helper import Host, MachinePlan, Process
+from vmherd.controller.interfaces import assigned
 from vmherd.controller.records import (
     INSTANCES,
     Outcome,
@@ -42,9 +42,18 @@ from vmherd.model.errors import (
     instance_not_found,
     name_taken,
 )
-from vmherd.model.instance import Hardware, Instance, LaunchSpec, Operation, Verb, check_launch, started
+from vmherd.model.instance import (
+    Hardware,
+    Instance,
+    LaunchSpec,
+    NetworkInterface,
+    Operation,
+    Verb,
+    check_launch,
+    started,
+)
 from vmherd.model.names import check_request_id
-from vmherd.rpc.status import from_status
+from vmherd.model.network import Network
 
 T = TypeVar("T")
 
@@ -56,10 +65,10 @@ HOUSEKEEPING_PERIOD_S = 3600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch would run."""
+    """What a launch would run and make."""
 
     instance: Instance
-    argv: tuple[str, ...]
+    machine: MachinePlan
     accelerator: str
 
 
@@ -85,6 +94,7 @@ class Herd:
             self._add(instance, entry.mod_revision)
         self._keep(spawn(self._world.helper.follow(self), "news of the helper"))
         self._keep(spawn(self._keep_house(), "housekeeping"))
+        self._keep(spawn(autostart(self._world.store, self.supervisors), "autostart"))
 
     async def close(self) -> None:
         """Lets go of every instance. Its machine runs on."""
@@ -103,43 +113,54 @@ class Herd:
             NotFound: no such image.
             AlreadyExists: the name is taken.
             Unavailable: the helper cannot be reached; nothing was made.
-            ResourceExhausted: it could not be stored; nothing was made.
+            ResourceExhausted: a network has no address left, or it could not be stored; nothing was made.
             Aborted: the instance was made and did not start.
         """
         _refuse(check_launch(spec))
         known = await self._replayed(spec.request_id, fingerprint)
         if known:
             return _snapshot(known)
-        instance, _ = await self._planned(spec)
+        instance, _, host = await self._planned(spec)
         self._world.helper.check_connected()
         operation = _operation(Verb.LAUNCH, spec.request_id)
         instance = replace(started(instance, time.time()) if spec.start else instance, operation=operation)
         # A caller that goes away must not leave a record that nobody supervises.
-        launch = self._launch(instance, operation, spec.request_id, fingerprint)
+        launch = self._launch(instance, operation, spec, host.networks, fingerprint)
         outcome = await asyncio.shield(self._keep(asyncio.create_task(launch)))
         return _snapshot(outcome)
 
-    async def _launch(self, instance: Instance, operation: Operation, request_id: str, fingerprint: str) -> Outcome:
+    async def _launch(
+        self, instance: Instance, operation: Operation, spec: LaunchSpec, networks: Sequence[Network], fingerprint: str
+    ) -> Outcome:
         key = instance_key(instance.name)
-        puts, compares = [Put(key, encode_instance(instance))], [Compare(key, 0)]
-        if request_id:
+        puts, compares = [], [Compare(key, 0)]
+        if spec.request_id:
             request = Request(Verb.LAUNCH, fingerprint, instance.name, operation.id, time.time())
             # Before the name: of two equal requests at once the second is the same request, not a clash of names.
-            put, compare = requests.beginning(request_id, request)
+            put, compare = requests.beginning(spec.request_id, request)
             puts.append(put)
             compares.insert(0, compare)
         try:
-            async with self._adding:
+            async with self._adding:  # no other launch gets the same addresses
+                instance = self._with_nics(instance, spec.nics, networks)
+                puts.append(Put(key, encode_instance(instance)))
                 revision = await self._world.store.transact(puts, compares)
                 supervisor = self._add(instance, revision)
         except Conflict as conflict:
-            known = await self._replayed(request_id, fingerprint) if conflict.key != key else None
+            known = await self._replayed(spec.request_id, fingerprint) if conflict.key != key else None
             if known:
                 return known
             raise name_taken(instance.name) from conflict
         except StoreError as error:
             raise _not_stored(error) from error
         return await supervisor.outcome(operation.id)
+
+    def _with_nics(
+        self, instance: Instance, asked: Sequence[NetworkInterface], networks: Sequence[Network]
+    ) -> Instance:
+        # An instance of the same name is this launch, made a moment ago by an equal request, or else its name is taken.
+        others = [other.instance for other in self.supervisors if other.instance.name != instance.name]
+        return replace(instance, nics=assigned(asked, instance.uid, networks, others))
 
     async def command(
         self,
@@ -192,6 +213,25 @@ class Herd:
         await supervisor.resume()
         return snapshot_of(supervisor)
 
+    async def update(self, name: str, *, wants_autostart: bool | None = None) -> Snapshot:
+        """Changes how an instance is treated; None leaves it as it is.
+
+        Raises:
+            NotFound: no such instance.
+            ResourceExhausted: it could not be stored; nothing was changed.
+        """
+        supervisor = self.find(name)
+        if wants_autostart is not None:
+            try:
+                await supervisor.set_autostart(wants_autostart)
+            except StoreError as error:
+                raise _not_stored(error) from error
+        return snapshot_of(supervisor)
+
+    async def networks(self) -> tuple[Network, ...]:
+        """The host's networks, the default first; raises `Unavailable` when the helper cannot be reached."""
+        return (await self._world.helper.host()).networks
+
     @property
     def supervisors(self) -> Collection[Supervisor]:
         """Those of all instances there are."""
@@ -205,12 +245,12 @@ class Herd:
     async def plan(self, spec: LaunchSpec) -> Plan:
         """What a launch would run; raises what the launch would raise before it makes anything."""
         _refuse(check_launch(spec))
-        instance, image = await self._planned(spec)
-        host = await self._world.helper.host()
-        argv = await self._world.helper.plan(machine_of(replace(instance, generation=1), image, self._world.state))
-        return Plan(instance, tuple(argv), f"{host.accelerator} ({host.why})")
+        instance, image, host = await self._planned(spec)
+        instance = self._with_nics(instance, spec.nics, host.networks)
+        machine = machine_of(replace(instance, generation=1), image, self._world.state)
+        return Plan(instance, await self._world.helper.plan(machine), f"{host.accelerator} ({host.why})")
 
-    async def _planned(self, spec: LaunchSpec) -> tuple[Instance, KernelImage]:
+    async def _planned(self, spec: LaunchSpec) -> tuple[Instance, KernelImage, Host]:
         if spec.name in self._supervisors and not self._supervisors[spec.name].deleted:
             raise name_taken(spec.name)
         try:
@@ -234,8 +274,9 @@ class Herd:
             hardware=hardware,
             labels=dict(spec.labels),
             created_at_s=time.time(),
+            autostart=spec.autostart,
         )
-        return instance, image
+        return instance, image, host
 
     def find(self, name: str) -> Supervisor:
         """The supervisor of an instance; raises `NotFound`."""
@@ -338,8 +379,8 @@ def _refuse(violations: Iterable[FieldViolation]) -> None:
 
 def _snapshot(outcome: Outcome) -> Snapshot:
     """The instance that a command left; raises the error that it came to."""
-    if outcome.error:
-        raise from_status(json_format.Parse(outcome.error, status_pb2.Status()))
+    if error := requests.error_of(outcome):
+        raise error
     if not outcome.instance:
         raise ValueError("an outcome without error has an instance")
     return Snapshot(outcome.instance, outcome.revision)

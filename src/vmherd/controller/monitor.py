@@ -22,6 +22,7 @@ from qemu.qmp import (
     StateError,
 )
 
+from vmherd.controller.usernet import INFO_USERNET
 from vmherd.guest_agent.holding import uninterrupted
 from vmherd.model.errors import Aborted, DeadlineExceeded, Unavailable
 from vmherd.model.lifecycle import Event
@@ -44,8 +45,8 @@ RETRY_DELAYS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 class Sink(Protocol):
     """Who wants to hear from QEMU."""
 
-    def qmp_up(self, *, found: Event, agent_open: bool) -> None:
-        """QEMU answers; this is how it is."""
+    def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
+        """QEMU answers; this is how it is. `usernet` is what it says of its user-mode networks, if that was asked."""
 
     def qmp_down(self) -> None:
         """The connection is gone."""
@@ -94,10 +95,11 @@ class _Client(QMPClient):
 class Monitor:
     """Keeps one QMP connection, the only one that its socket has room for."""
 
-    def __init__(self, socket: Path, name: str, sink: Sink) -> None:
+    def __init__(self, socket: Path, name: str, sink: Sink, *, asks_usernet: bool = False) -> None:
         self._socket = socket
         self._name = name
         self._sink = sink
+        self._asks_usernet = asks_usernet
         self._client: QMPClient | None = None
         self._down = asyncio.Event()
         self._down.set()
@@ -136,9 +138,12 @@ class Monitor:
             chardev.get("label") == AGENT_CHARDEV_ID and chardev.get("frontend-open") is True
             for chardev in (chardevs if isinstance(chardevs, list) else [])
         )
+        usernet: object = ""
+        if self._asks_usernet:
+            usernet = await client.execute("human-monitor-command", {"command-line": INFO_USERNET})
         self._client = client
         self._down.clear()
-        self._sink.qmp_up(found=_found(status), agent_open=agent_open)
+        self._sink.qmp_up(found=_found(status), agent_open=agent_open, usernet=str(usernet))
 
     async def _go_down(self, client: QMPClient) -> None:
         was_up = self._client is client

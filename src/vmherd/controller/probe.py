@@ -8,13 +8,13 @@ from functools import partial
 
 import structlog
 
+from vmherd.controller.address_book import AddressBook
 from vmherd.controller.addresses import addresses_of
 from vmherd.controller.inbox import Inbox
 from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.tasks import cancelled, spawn
 from vmherd.guest_agent import AgentError, AgentFrozen, CommandUnavailable, GuestAgent
 from vmherd.model.instance import Address
-from vmherd.model.machine import mac_of
 from vmherd.model.readiness import Rung
 
 _log = structlog.get_logger()
@@ -37,9 +37,10 @@ class Probe:
     the public methods, writes.
     """
 
-    def __init__(self, agent: GuestAgent, record: InstanceRecord, inbox: Inbox) -> None:
+    def __init__(self, agent: GuestAgent, record: InstanceRecord, book: AddressBook, inbox: Inbox) -> None:
         self._agent = agent
         self._record = record
+        self._book = book
         self._inbox = inbox
         self._port_open = False
         self._asking: asyncio.Task[None] | None = None
@@ -51,8 +52,7 @@ class Probe:
         if not port_open:
             await cancelled(self._asking)
             self._asking = None
-            instance = self._record.instance
-            await self._record.save(replace(instance, readiness=instance.readiness.fall(Rung.QMP), addresses=()))
+            await self._book.agent_left()
         self._port_open = port_open
         self._agent.set_port_open(port_open, why)
 
@@ -65,9 +65,9 @@ class Probe:
         while not await self._answers():  # noqa: ASYNC110  nothing in the guest tells us
             await asyncio.sleep(PING_DELAY_S)
         await self._inbox.ask(self._on_answer)
-        macs = frozenset({mac_of(self._record.instance.uid)})
+        macs = frozenset(nic.mac for nic in self._record.instance.nics)
         looks = 0
-        while True:
+        while macs:
             try:
                 interfaces = await self._agent.execute("guest-network-get-interfaces", timeout_s=COMMAND_TIMEOUT_S)
             except AgentFrozen as error:  # it will tell again
@@ -80,7 +80,7 @@ class Probe:
             else:
                 await self._inbox.ask(partial(self._on_addresses, addresses_of(interfaces, macs)))
             delay_s = ADDRESS_DELAYS_S[min(looks, len(ADDRESS_DELAYS_S) - 1)]
-            await asyncio.sleep(ADDRESS_REFRESH_S if self._record.instance.addresses else delay_s)
+            await asyncio.sleep(ADDRESS_REFRESH_S if self._book.by_agent else delay_s)
             looks += 1
 
     async def _answers(self) -> bool:
@@ -99,6 +99,4 @@ class Probe:
 
     async def _on_addresses(self, addresses: tuple[Address, ...]) -> None:
         if self._port_open:
-            instance = self._record.instance
-            readiness = self._record.climbed(Rung.ADDRESS) if addresses else instance.readiness.fall(Rung.AGENT)
-            await self._record.save(replace(instance, addresses=addresses, readiness=readiness))
+            await self._book.agent_told(addresses)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
-from vmherd.model.instance import Instance, Verb
+from vmherd.model.instance import Instance, NetworkInterface, Verb
+from vmherd.model.machine import mac_of
+from vmherd.model.network import USER_NETWORK
 
 INSTANCES = "instances/"
 REQUESTS = "requests/"
+
+
+def _of_an_earlier_version(record: Any) -> Any:
+    """Before a record had `nics`, every instance had one, on QEMU's own network."""
+    if not isinstance(record, dict) or "nics" in record:
+        return record
+    return record | {"nics": [asdict(NetworkInterface(USER_NETWORK, mac_of(str(record.get("uid")))))]}
+
+
+_AnyInstance = Annotated[Instance, BeforeValidator(_of_an_earlier_version)]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a command came to: the instance as it was then, or an error."""
 
-    instance: Instance | None = None
+    instance: _AnyInstance | None = None
     error: str = ""
     """A `google.rpc.Status` in JSON."""
     revision: int = 0
@@ -37,7 +50,7 @@ class Request:
     """None while it is being carried out."""
 
 
-_INSTANCE = TypeAdapter(Instance)
+_INSTANCE = TypeAdapter[Instance](_AnyInstance)
 _REQUEST = TypeAdapter(Request)
 
 

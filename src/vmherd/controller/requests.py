@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from google.protobuf import json_format
+from google.rpc import status_pb2
 
 from vmherd.controller.records import REQUESTS, Outcome, Request, decode_request, encode_request, request_key
 from vmherd.controller.store import Compare, Put, Store
 from vmherd.controller.store.base import PUTS_MAX
 from vmherd.model.errors import Aborted, InvalidArgument, VmherdError
 from vmherd.model.instance import Operation
-from vmherd.rpc.status import to_status
+from vmherd.rpc.status import from_status, to_status
 
 KEPT_S = 24 * 3600.0
 """How long the outcome of a request is kept for those who ask again."""
@@ -47,6 +48,11 @@ def beginning(request_id: str, request: Request) -> tuple[Put, Compare]:
 def failed(error: VmherdError) -> Outcome:
     """What an operation came to that failed."""
     return Outcome(error=json_format.MessageToJson(to_status(error), indent=None))
+
+
+def error_of(outcome: Outcome) -> VmherdError | None:
+    """The error that an operation came to."""
+    return from_status(json_format.Parse(outcome.error, status_pb2.Status())) if outcome.error else None
 
 
 def superseded(by: Operation) -> Outcome:

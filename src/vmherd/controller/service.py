@@ -105,5 +105,18 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def Plan(self, request: controller_pb2.PlanRequest, context: Context) -> controller_pb2.PlanResponse:
         plan = await self._herd.plan(convert.launch_spec(request.launch))
         return controller_pb2.PlanResponse(
-            instance=convert.plan_instance(plan.instance), argv=plan.argv, accelerator=plan.accelerator
+            instance=convert.plan_instance(plan.instance),
+            argv=plan.machine.argv,
+            accelerator=plan.accelerator,
+            devices=plan.machine.devices,
+            rules=plan.machine.rules,
         )
+
+    async def Update(self, request: controller_pb2.UpdateRequest, context: Context) -> instance_pb2.Instance:
+        autostart = request.autostart if request.HasField("autostart") else None
+        return convert.instance_message(await self._herd.update(request.name, wants_autostart=autostart))
+
+    async def ListNetworks(
+        self, request: controller_pb2.ListNetworksRequest, context: Context
+    ) -> controller_pb2.ListNetworksResponse:
+        return controller_pb2.ListNetworksResponse(networks=map(convert.network_message, await self._herd.networks()))

@@ -17,11 +17,13 @@ from dataclasses import replace
 import structlog
 
 from vmherd.controller import driver, requests
+from vmherd.controller.address_book import AddressBook
 from vmherd.controller.admission import admit
 from vmherd.controller.exits import judge
 from vmherd.controller.freeze import Freezer
 from vmherd.controller.happening import Happening, happening_of
 from vmherd.controller.helper import Process
+from vmherd.controller.host_probe import HostProbe
 from vmherd.controller.inbox import Inbox, Message
 from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.monitor import Monitor
@@ -29,11 +31,12 @@ from vmherd.controller.probe import Probe
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
 from vmherd.controller.store import Put
 from vmherd.controller.tasks import cancelled, spawn
+from vmherd.controller.usernet import bound_ports
 from vmherd.controller.world import World
 from vmherd.guest_agent import GuestAgent
 from vmherd.model import lifecycle
 from vmherd.model.errors import VmherdError, agent_out_of_reach, instance_not_found
-from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, started
+from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, bound, started
 from vmherd.model.lifecycle import AGENT_STATES, Event, State
 from vmherd.model.machine import AGENT_PORT_ID
 from vmherd.model.readiness import Readiness, Rung
@@ -54,13 +57,15 @@ class Supervisor:
         self.ended = asyncio.Event()
         """Set while no QEMU process of the current generation can be alive."""
         self.stop_step: StopStep | None = None
-        self.monitor = Monitor(run.qmp, instance.name, self)
+        self.monitor = Monitor(run.qmp, instance.name, self, asks_usernet=any(nic.forwards for nic in instance.nics))
         self.happened: Counter[Happening] = Counter()
         """How often each of these has happened: who waits for the next one counts before, and misses none."""
         self._record = InstanceRecord(world.store, instance, revision)
         self._inbox = Inbox(instance.name)
         self._agent = GuestAgent(run.agent)
-        self._probe = Probe(self._agent, self._record, self._inbox)
+        book = AddressBook(self._record)
+        self._probe = Probe(self._agent, self._record, book, self._inbox)
+        self._host_probe = HostProbe(world.helper, self._record, book, self._inbox)
         self.freezer = Freezer(self._agent, self._record, self._inbox)
         self._outcomes: dict[str, asyncio.Future[Outcome]] = {}
         self._driving: asyncio.Task[None] | None = None
@@ -84,6 +89,7 @@ class Supervisor:
             await cancelled(self._driving)
             await cancelled(self._monitoring)
             await self._probe.close()
+            await self._host_probe.end()
             await self.freezer.close()
             await self._agent.close()
 
@@ -134,6 +140,10 @@ class Supervisor:
         """Lets the virtual CPUs run on, or wakes the guest."""
         await driver.toggle(self, Event.RESUME)
 
+    async def set_autostart(self, autostart: bool) -> None:
+        """Says whether the instance is started when the host has booted; raises `NotFound`, `StoreError`."""
+        await self._inbox.ask(lambda: self._set_autostart(autostart))
+
     def open_agent(self) -> GuestAgent:
         """The guest agent's client, for a command right now.
 
@@ -160,9 +170,9 @@ class Supervisor:
 
     # What QEMU tells (`monitor.Sink`).
 
-    def qmp_up(self, *, found: Event, agent_open: bool) -> None:
+    def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
         """QEMU answers; this is how it is."""
-        self._from_qemu(lambda: self._on_qmp_up(found, agent_open=agent_open))
+        self._from_qemu(lambda: self._on_qmp_up(found, usernet, agent_open=agent_open))
 
     def qmp_down(self) -> None:
         """QEMU hung up. Whether it ended is for the helper to say."""
@@ -263,6 +273,11 @@ class Supervisor:
         self._outcomes.pop(operation.id).set_result(replace(outcome, revision=self.revision))
         self._record.notify()
 
+    async def _set_autostart(self, autostart: bool) -> None:
+        if self.deleted:
+            raise instance_not_found(self.instance.name)
+        await self._record.intend(replace(self.instance, autostart=autostart))
+
     async def _on_half_restarted(self) -> None:
         operation = self.instance.operation
         if operation and operation.verb is Verb.RESTART:
@@ -318,6 +333,7 @@ class Supervisor:
     async def _on_end(self, event: Event, exit_: Exit) -> None:
         await cancelled(self._monitoring)
         self._monitoring = None
+        await self._host_probe.end()
         await self._probe.set_port_open(False, f"its machine has ended: {exit_.detail}")
         await self.freezer.forget()
         self.ended.set()
@@ -328,6 +344,7 @@ class Supervisor:
                 last_exit=exit_,
                 readiness=Readiness(),
                 addresses=(),
+                nics=bound(self.instance.nics),
             )
         )
 
@@ -337,9 +354,13 @@ class Supervisor:
         if nobody and not self._is_under_way(STARTING_VERBS):
             await self._on_event(Event.LOST)
 
-    async def _on_qmp_up(self, found: Event, *, agent_open: bool) -> None:
+    async def _on_qmp_up(self, found: Event, usernet: str, *, agent_open: bool) -> None:
         readiness = self._record.climbed(Rung.PROCESS, Rung.QMP)
-        await self._record.save(replace(self.instance, state=self._found(found), readiness=readiness))
+        nics = bound(self.instance.nics, bound_ports(usernet, self.instance.nics))
+        await self._record.save(replace(self.instance, state=self._found(found), readiness=readiness, nics=nics))
+        if any(nic.forwards and not nic.bound_ports for nic in nics):
+            _log.warning("QEMU did not tell which ports it has bound", name=self.instance.name)
+        self._host_probe.begin()
         await self._probe.set_port_open(agent_open)
         self._record.notify()
 

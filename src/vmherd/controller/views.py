@@ -111,7 +111,7 @@ async def wait(supervisor: Supervisor, until: Rung | None, timeout_s: float) -> 
 
     Raises:
         NotFound: it was deleted meanwhile.
-        FailedPrecondition: it cannot come true any more, as the instance does not run.
+        FailedPrecondition: it cannot come true any more, as the instance does not run or has no network interface.
         DeadlineExceeded: time is up.
     """
     deadline_s = asyncio.get_running_loop().time() + timeout_s
@@ -124,6 +124,8 @@ async def wait(supervisor: Supervisor, until: Rung | None, timeout_s: float) -> 
             return
         if until and instance.state in DEAD_STATES and not instance.operation:
             raise _never(instance, until)
+        if until is Rung.ADDRESS and not instance.nics:
+            raise _no_interface(instance)
         try:
             async with asyncio.timeout_at(deadline_s):
                 await changed.wait()
@@ -176,8 +178,19 @@ def _waiting_for(instance: Instance, until: Rung | None) -> str:
     """What has to come true next; empty when all of it has."""
     if until is None:
         return "" if instance.state in DEAD_STATES and not instance.operation else "the instance to end"
-    reached = instance.readiness.reached or 0
-    return WAITING_FOR[Rung(reached + 1)] if reached < until else ""
+    if instance.readiness.has(until):
+        return ""
+    # On a network of the host an address may come before the agent.
+    unneeded = {Rung.AGENT} if until is Rung.ADDRESS and instance.on_bridge else set()
+    return next(WAITING_FOR[rung] for rung in Rung if not instance.readiness.has(rung) and rung not in unneeded)
+
+
+def _no_interface(instance: Instance) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{instance.name!r} has no network interface and will not reach {Rung.ADDRESS.name}",
+        reason="NO_NETWORK_INTERFACE",
+        metadata={"name": instance.name},
+    )
 
 
 def _never(instance: Instance, until: Rung) -> FailedPrecondition:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from itertools import repeat
 
 from vmherd.model.errors import FieldViolation
 from vmherd.model.lifecycle import Event, State, after
-from vmherd.model.machine import check_cpus, check_memory
-from vmherd.model.names import check_labels, check_name, check_request_id
+from vmherd.model.machine import NICS_MAX, PortForward, check_cpus, check_forwards, check_memory
+from vmherd.model.names import check_labels, check_mac, check_name, check_request_id
+from vmherd.model.network import NO_NETWORK, USER_NETWORK, check_ipv4_address
 from vmherd.model.readiness import Readiness
 
 
@@ -21,6 +23,14 @@ class Hardware:
     memory_mib: int
 
 
+class Source(IntEnum):
+    """Who tells an address of the guest, from the most to the least trusted."""
+
+    AGENT = 1
+    LEASE = 2
+    NEIGHBOUR = 3
+
+
 @dataclass(frozen=True)
 class Address:
     """An address of the guest on one of the instance's network interfaces."""
@@ -28,7 +38,30 @@ class Address:
     address: str
     prefix_length: int
     mac: str
-    interface: str
+    interface: str = ""
+    """The interface's name inside the guest, where the agent tells it."""
+    source: Source = Source.AGENT
+
+
+@dataclass(frozen=True)
+class NetworkInterface:
+    """A network interface: as it is asked for, where an empty value leaves the choice to vmherd, and as it is then."""
+
+    network: str = ""
+    """Name of a network of the host, or `user`; asked for, also `none`."""
+    mac: str = ""
+    ipv4_address: str = ""
+    """What the network's DHCP server gives it, for as long as the instance is there."""
+    ipv6_address: str = ""
+    """What it gives itself; follows from the MAC address."""
+    forwards: tuple[PortForward, ...] = ()
+    bound_ports: tuple[int, ...] = ()
+    """Ports of the host that QEMU has bound, one for each forward; empty while it does not run."""
+
+    @property
+    def on_bridge(self) -> bool:
+        """Whether it is plugged into a network of the host."""
+        return self.network != USER_NETWORK
 
 
 class Cause(StrEnum):
@@ -107,6 +140,21 @@ class Instance:
     """When vmherd thaws the guest's file systems, in seconds since the epoch; None while it need not."""
     last_exit: Exit | None = None
     operation: Operation | None = None
+    nics: tuple[NetworkInterface, ...] = ()
+    autostart: bool = False
+    """It is started when the host has booted."""
+
+    @property
+    def on_bridge(self) -> bool:
+        """Whether it is plugged into a network of the host."""
+        return any(nic.on_bridge for nic in self.nics)
+
+
+def bound(
+    nics: Sequence[NetworkInterface], ports: Iterable[tuple[int, ...]] = repeat(())
+) -> tuple[NetworkInterface, ...]:
+    """Network interfaces with the ports that QEMU has bound for each of them, or with none."""
+    return tuple(replace(nic, bound_ports=its) for nic, its in zip(nics, ports, strict=False))
 
 
 def started(instance: Instance, now_s: float) -> Instance:
@@ -119,6 +167,7 @@ def started(instance: Instance, now_s: float) -> Instance:
         readiness=Readiness(),
         addresses=(),
         frozen_until_s=None,
+        nics=bound(instance.nics),
     )
 
 
@@ -133,6 +182,9 @@ class LaunchSpec:
     start: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""
+    nics: tuple[NetworkInterface, ...] = ()
+    """Empty for one with every choice left to vmherd; one of network `none` for none."""
+    autostart: bool = False
 
 
 def check_launch(spec: LaunchSpec) -> Iterator[FieldViolation]:
@@ -144,3 +196,26 @@ def check_launch(spec: LaunchSpec) -> Iterator[FieldViolation]:
         yield from check_memory(spec.memory_mib, "hardware.memory_mib")
     yield from check_labels(spec.labels)
     yield from check_request_id(spec.request_id)
+    if len(spec.nics) > NICS_MAX:
+        yield FieldViolation("nics", f"must be at most {NICS_MAX}, are {len(spec.nics)}")
+    for index, nic in enumerate(spec.nics):
+        yield from _check_nic(nic, f"nics[{index}]")
+    fixed = [{(each.protocol, each.host_port) for each in nic.forwards if each.host_port} for nic in spec.nics]
+    if len(set().union(*fixed)) < sum(map(len, fixed)):
+        yield FieldViolation("nics", "must not have the same port of the host twice")
+    if len(spec.nics) > 1 and any(nic.network == NO_NETWORK for nic in spec.nics):
+        yield FieldViolation("nics", f"{NO_NETWORK!r} stands for no network interface, so it must be the only one")
+
+
+def _check_nic(nic: NetworkInterface, field: str) -> Iterator[FieldViolation]:
+    if nic.network:
+        yield from check_name(nic.network, f"{field}.network")
+    if nic.mac:
+        yield from check_mac(nic.mac, f"{field}.mac")
+    if nic.ipv4_address:
+        yield from check_ipv4_address(nic.ipv4_address, f"{field}.ipv4_address")
+    if nic.ipv6_address:
+        yield FieldViolation(f"{field}.ipv6_address", "follows from the MAC address and cannot be chosen")
+    yield from check_forwards(nic.forwards, f"{field}.forwards")
+    if nic.network == NO_NETWORK and nic != NetworkInterface(NO_NETWORK):
+        yield FieldViolation(field, f"{NO_NETWORK!r} stands for no network interface, so nothing else can be given")

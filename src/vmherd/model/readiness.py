@@ -1,4 +1,8 @@
-"""The readiness ladder: how far a start has come."""
+"""The readiness ladder: how far a start has come.
+
+Each rung stands on the one before it, but for the last: an address is told by the agent, or by the host's side of a
+network. There a guest whose agent is slow, or that has none, has its address without it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ class Rung(IntEnum):
     AGENT = 3
     ADDRESS = 4
 
+
+STANDS_ON = {Rung.QMP: Rung.PROCESS, Rung.AGENT: Rung.QMP, Rung.ADDRESS: Rung.QMP}
+"""The rung without which another one cannot be reached."""
 
 WAITING_FOR = {
     Rung.PROCESS: "the QEMU process",
@@ -37,21 +44,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Readiness:
-    """The rungs that a start has reached, in their order and without a gap."""
+    """The rungs that a start has reached, in the ladder's order."""
 
     steps: tuple[Step, ...] = ()
 
     @property
     def reached(self) -> Rung | None:
-        """The last rung, None before the first."""
-        return self.steps[-1].rung if self.steps else None
+        """The last rung that all those before it lead up to, None before the first."""
+        return next((rung for rung in reversed(Rung) if all(map(self.has, range(1, rung + 1)))), None)
+
+    def has(self, rung: int) -> bool:
+        """Whether a rung was reached, also where one before it was not."""
+        return any(step.rung == rung for step in self.steps)
 
     def climb(self, rung: Rung, *, now_s: float, accepted_at_s: float) -> Readiness:
-        """This readiness with a rung more; no change when it was reached already or one before it is missing."""
-        if rung != (self.reached or 0) + 1:
+        """This readiness with a rung more; no change when it was reached already or the one it stands on is missing."""
+        if self.has(rung) or (rung in STANDS_ON and not self.has(STANDS_ON[rung])):
             return self
-        return Readiness((*self.steps, Step(rung, now_s, max(0.0, now_s - accepted_at_s))))
+        step = Step(rung, now_s, max(0.0, now_s - accepted_at_s))
+        return Readiness(tuple(sorted((*self.steps, step), key=lambda step: step.rung)))
 
-    def fall(self, rung: Rung) -> Readiness:
-        """This readiness without the rungs above `rung`, after the guest rebooted or its agent went away."""
-        return Readiness(tuple(step for step in self.steps if step.rung <= rung))
+    def without(self, rung: Rung) -> Readiness:
+        """This readiness without a rung, after the agent went away or the last address did."""
+        return Readiness(tuple(step for step in self.steps if step.rung != rung))

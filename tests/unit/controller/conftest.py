@@ -20,15 +20,16 @@ from vmherd.controller.supervisor import Supervisor
 from vmherd.controller.tasks import cancelled
 from vmherd.controller.world import World
 from vmherd.image.registry import ImageRegistry
-from vmherd.model.instance import Hardware, Instance, Operation, Verb, started
+from vmherd.model.instance import Hardware, Instance, NetworkInterface, Operation, Verb, started
 from vmherd.model.layout import InstanceRun, RunDirectory, StateDirectory
 from vmherd.model.lifecycle import State
+from vmherd.model.machine import mac_of
 from vmherd.model.readiness import Rung
 from vmherd.rpc.channel import open_channel
 
-DEADLINE_S = 5.0
+DEADLINE_S = 30.0
 UID = "6b6a2c52-93f5-4a6c-8d3e-7f1f1c7f6f01"
-STOPPED = Instance("web", UID, "idle", Hardware(1, 32), {}, 0.0)
+STOPPED = Instance("web", UID, "idle", Hardware(1, 32), {}, 0.0, nics=(NetworkInterface("user", mac_of(UID)),))
 STARTING = replace(started(STOPPED, 1.0), operation=Operation("op", Verb.LAUNCH))
 RUNNING = replace(STARTING, state=State.RUNNING, operation=None)
 ALIVE = Process(UID, 1, pid=42)
@@ -52,19 +53,24 @@ def run(directory: Path) -> InstanceRun:
 
 @pytest.fixture
 async def world(directory: Path) -> AsyncIterator[World]:
+    async with world_in(directory, directory / "no-helper.sock") as world:
+        yield world
+
+
+@asynccontextmanager
+async def world_in(directory: Path, helper_socket: Path) -> AsyncIterator[World]:
+    """A world with an image, and a helper where somebody serves this socket."""
     state = StateDirectory(directory / "state")
     image = state.images / "idle"
-    image.mkdir(parents=True)
+    image.mkdir(parents=True, exist_ok=True)
     for name in ("kernel", "initramfs"):
         (image / name).touch()
     description = {"version": "1", "command_line": "", "default_cpus": 1, "default_memory_mib": 32}
     (image / "image.json").write_text(json.dumps(description))
     store = SqliteStore(state.store)
-    nobody = directory / "no-helper.sock"
-    async with open_channel(nobody) as channel:
-        yield World(
-            store, Helper(channel, str(nobody)), ImageRegistry(state.images), RunDirectory(directory), state, 1.0
-        )
+    async with open_channel(helper_socket) as channel:
+        helper = Helper(channel, str(helper_socket))
+        yield World(store, helper, ImageRegistry(state.images), RunDirectory(directory), state, 1.0)
     await store.close()
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmherd.controller.addresses import ADDRESSES_MAX, addresses_of
-from vmherd.model.instance import Address
+from vmherd.controller.addresses import ADDRESSES_MAX, addresses_of, merged
+from vmherd.model.instance import Address, Source
 
 MAC = "52:00:00:00:00:01"
 
@@ -50,6 +50,25 @@ def test_a_guest_that_lies_gives_nothing() -> None:
 def test_a_guest_with_very_many_addresses_is_cut_short() -> None:
     many = [interface(MAC, *((f"10.0.{number // 256}.{number % 256}", 16) for number in range(5000)))]
     assert len(addresses_of(many, {MAC})) == ADDRESSES_MAX
+
+
+def test_of_an_address_that_several_tell_the_most_trusted_word_is_shown() -> None:
+    agent = Address("10.20.0.2", 24, MAC, "eth0", Source.AGENT)
+    lease = Address("10.20.0.2", 24, MAC, source=Source.LEASE)
+    other_lease = Address("10.20.0.9", 24, MAC, source=Source.LEASE)
+    neighbour = Address("10.20.0.9", 24, MAC, source=Source.NEIGHBOUR)
+    other_mac = Address("10.20.0.2", 24, "52:00:00:00:00:02", source=Source.NEIGHBOUR)
+    assert merged((), (neighbour, lease, other_lease, other_mac)) == (lease, other_lease, other_mac)
+    assert merged((agent,), (neighbour, lease)) == (agent, neighbour)
+    assert merged((), ()) == ()
+
+
+def test_many_addresses_are_cut_short_and_the_agents_are_kept() -> None:
+    many = [Address(f"10.0.{n // 256}.{n % 256}", 16, MAC, source=Source.NEIGHBOUR) for n in range(300)]
+    agent = Address("10.20.0.2", 24, MAC, "eth0")
+    shown = merged((agent,), many)
+    assert len(shown) == ADDRESSES_MAX
+    assert shown[0] == agent
 
 
 JSON = st.recursive(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vmherd.controller.exits import judge
@@ -53,6 +55,22 @@ def test_a_qemu_that_never_answered_did_not_start(process: Process) -> None:
     happened, exit_ = judge(process, came_up=False, stop_step=None, stopping=False, shutdown_reason="")
     assert (happened, exit_.cause) == (Event.DIED, Cause.START_FAILED)
     assert exit_.detail.endswith(": tail")
+
+
+@pytest.mark.parametrize(
+    ("port", "why"),
+    [(8022, "does another program have it?"), (22, "only root may bind it")],
+    ids=["taken", "privileged"],
+)
+def test_a_port_that_qemu_cannot_bind_is_named(port: int, why: str) -> None:
+    said = (
+        f"qemu-system-x86_64: -netdev user,id=net0,hostfwd=tcp:127.0.0.1:{port}-:22: "
+        f"Could not set up host forwarding rule 'tcp:127.0.0.1:{port}-:22'\n"
+    )
+    process = replace(ended(1), stderr_tail=said)
+    _, exit_ = judge(process, came_up=False, stop_step=None, stopping=False, shutdown_reason="")
+    assert exit_.cause is Cause.START_FAILED
+    assert exit_.detail == f"QEMU cannot bind tcp port {port} of 127.0.0.1, which leads to the guest's port 22; {why}"
 
 
 def test_a_signal_is_named() -> None:

@@ -20,7 +20,7 @@ from vmherd.model.errors import Unavailable
 from vmherd.rpc.channel import open_channel
 
 pytestmark = pytest.mark.anyio
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 
 class Watched(qemu_pb2_grpc.QemuServiceServicer):

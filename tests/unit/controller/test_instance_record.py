@@ -17,7 +17,7 @@ from vmherd.model.instance import Hardware, Instance
 from vmherd.model.lifecycle import State
 
 pytestmark = pytest.mark.anyio
-DEADLINE_S = 5.0
+DEADLINE_S = 30.0
 WEB = Instance("web", "uid", "builtin", Hardware(1, 128), {}, 0.0)
 
 

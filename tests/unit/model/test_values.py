@@ -106,7 +106,8 @@ def test_a_machine_as_it_should_be() -> None:
         (replace(MACHINE, disks=(Disk("/a\nb", DiskFormat.RAW),)), "disks[0].path"),
         (replace(MACHINE, disks=MACHINE.disks * 17), "disks"),
         (replace(MACHINE, nics=(Nic("no", NicBackend.USER),)), "nics[0].mac"),
-        (replace(MACHINE, nics=MACHINE.nics * 9), "nics"),
+        (replace(MACHINE, nics=tuple(Nic(mac_of(UID, index), NicBackend.USER) for index in range(9))), "nics"),
+        (replace(MACHINE, nics=MACHINE.nics * 2), "nics"),
     ],
 )
 def test_a_machine_with_one_thing_wrong(machine: Machine, field: str) -> None:

@@ -9,13 +9,18 @@ from typing import Literal, TextIO, get_args
 import structlog
 from structlog.typing import Processor
 
+from vmherd.cli.journal import JournalHandler, leads_to_journal
+
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[str, ...] = get_args(Level)
 DEFAULT_LEVEL = "info"
 
 
-def configure(level: str, stream: TextIO | None = None) -> None:
-    """Writes log lines of this level and above to standard error: for people on a terminal, as JSON lines otherwise."""
+def configure(level: str, stream: TextIO | None = None, *, identifier: str = "vmherd") -> None:
+    """Writes log lines of this level and above to standard error: for people on a terminal, as JSON lines otherwise.
+
+    Where that leads to systemd's journal, it gets them with their fields and under this identifier.
+    """
     stream = stream or sys.stderr
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -32,8 +37,11 @@ def configure(level: str, stream: TextIO | None = None) -> None:
             *([for_people] if stream.isatty() else for_programs),
         ],
     )
-    handler = logging.StreamHandler(stream)
+    handler: logging.Handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)
+    if leads_to_journal(stream):
+        handler = JournalHandler(identifier, otherwise=handler)
+        handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

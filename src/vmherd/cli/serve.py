@@ -25,9 +25,9 @@ from vmherd.model.errors import InvalidArgument, VmherdError
 
 def qemu(options: argparse.Namespace) -> Coroutine[Any, Any, None]:
     """Runs the privileged helper, which starts QEMU."""
-    from vmherd.qemu.app import run  # noqa: PLC0415
+    from vmherd.qemu.app import run, tear_down  # noqa: PLC0415
 
-    return run(_prepare(options, QemuSettings))
+    return (tear_down if options.teardown else run)(_prepare(options, QemuSettings))
 
 
 def controller(options: argparse.Namespace) -> Coroutine[Any, Any, None]:
@@ -52,10 +52,13 @@ PROCESSES: Mapping[str, Callable[[argparse.Namespace], Coroutine[Any, Any, None]
 def serve(name: str, words: Sequence[str]) -> int:
     """Runs one of the three until it is asked to end by a signal, and gives the exit code."""
     parser = _Parser(prog=f"vmherd {name}", description=PROCESSES[name].__doc__)
+    parser.set_defaults(identifier=f"vmherd-{name}")
     parser.add_argument("--settings", metavar="FILE", type=Path, required=True, help="the settings, as JSON")
     parser.add_argument(
         "--log-level", choices=logging.LEVELS, help="log this level and above, whatever the settings say"
     )
+    if name == "qemu":
+        parser.add_argument("--teardown", action="store_true", help="remove the networks that it made, and end")
     if name == "gateway":
         parser.add_argument(
             "--address-file", metavar="FILE", type=Path, help="write HOST:PORT there once requests are accepted"
@@ -80,5 +83,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _prepare(options: argparse.Namespace, kind: type[Settings]) -> Settings:
     settings = load_settings(options.settings, kind)
-    logging.configure(options.log_level or settings.log_level or logging.DEFAULT_LEVEL)
+    level = options.log_level or settings.log_level or logging.DEFAULT_LEVEL
+    logging.configure(level, identifier=options.identifier)
     return settings

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.duration_pb2 import Duration
 
 from vmherd.api.settings.v1.settings_pb2 import ControllerSettings, GatewaySettings, QemuSettings
 from vmherd.cli.logging import LEVELS
 from vmherd.model.errors import InvalidArgument
+
+ID_END = 2**32 - 1
+"""No user and no group has this number: chown(2) takes it for 'leave it as it is'."""
+
+# useradd(8) is stricter; other directories of users are not.
+_ACCOUNT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 
 Settings = TypeVar("Settings", QemuSettings, ControllerSettings, GatewaySettings)
 
@@ -56,6 +64,15 @@ def check_accelerator(number: int) -> Iterator[str]:
         yield f"must be AUTO, KVM or TCG, is {number}"
 
 
+def check_account(account: str) -> Iterator[str]:
+    """A user or a group is a name or a number. Whether the host has it is seen by who uses it."""
+    if account.isascii() and account.isdecimal():
+        if int(account) >= ID_END:
+            yield f"must be a number below {ID_END}, is {account}"
+    elif not _ACCOUNT_NAME.fullmatch(account):
+        yield f"must be a name or a number, is {account!r}"
+
+
 REQUIRED: Mapping[type, tuple[str, ...]] = {
     QemuSettings: ("listen", "run_dir", "state_dir"),
     ControllerSettings: ("listen", "qemu", "run_dir", "state_dir"),
@@ -70,6 +87,7 @@ CHECKS: Mapping[type, Mapping[str, Callable[[Any], Iterator[str]]]] = {
         "qemu_binary": check_program,
         "accelerator": check_accelerator,
         "log_level": check_level,
+        "controller_user": check_account,
     },
     ControllerSettings: {
         "listen": check_path,
@@ -81,6 +99,7 @@ CHECKS: Mapping[type, Mapping[str, Callable[[Any], Iterator[str]]]] = {
         "stop_grace": check_duration,
         "agent_timeout": check_duration,
         "log_level": check_level,
+        "socket_group": check_account,
     },
     GatewaySettings: {
         "listen": check_address,
@@ -107,7 +126,7 @@ def load_settings(path: Path, kind: type[Settings]) -> Settings:
         raise InvalidArgument(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except InvalidArgument as error:
         raise InvalidArgument(f"{path}: {error.message}") from error
-    _refuse(path, _problems_of_form(document, kind))
+    _refuse(path, _problems_of_form(document, kind.DESCRIPTOR))
     try:
         settings = json_format.ParseDict(document, kind())
     except json_format.ParseError as error:
@@ -130,16 +149,26 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _problems_of_form(document: object, kind: type[Settings]) -> Iterator[str]:
+def _problems_of_form(document: object, message: Descriptor, at: str = "") -> Iterator[str]:
     if not isinstance(document, dict):
-        yield "must be a JSON object, `{ … }`"
+        yield f"{at}{' ' if at else ''}must be a JSON object, `{{ … }}`"
         return
-    fields = kind.DESCRIPTOR.fields
-    known = {name for field in fields for name in (field.name, field.json_name)}
-    names = ", ".join(field.name for field in fields)
-    for key in document:
+    prefix = f"{at}." if at else ""
+    known = {name: field for field in message.fields for name in (field.name, field.json_name)}
+    names = ", ".join(field.name for field in message.fields)
+    for key, value in document.items():
         if key not in known:
-            yield f"unknown field {key!r}; the fields are {names}"
+            yield f"unknown field {prefix + key!r}; the fields are {names}"
+            continue
+        nested = known[key].message_type
+        # A duration is a string in JSON, and the parser says better than we what is wrong with one.
+        if nested is None or nested.file.package != message.file.package or value is None:
+            continue
+        if not known[key].is_repeated:
+            yield from _problems_of_form(value, nested, f"{prefix}{key}")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from _problems_of_form(item, nested, f"{prefix}{key}[{index}]")
 
 
 def _problems_of_content(settings: QemuSettings | ControllerSettings | GatewaySettings) -> Iterator[str]:

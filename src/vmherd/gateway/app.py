@@ -27,7 +27,7 @@ from vmherd.gateway.files import FilesRoute
 from vmherd.gateway.routes import Closing, RpcRoute
 from vmherd.gateway.upstream import Upstream
 from vmherd.model.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unimplemented
-from vmherd.rpc.serving import check_socket_path, until_signalled
+from vmherd.rpc.serving import check_socket_path, serve_until_signalled
 from vmherd.rpc.status import to_status
 from vmherd.rpc.token import read_token
 
@@ -121,6 +121,7 @@ async def serving(settings: GatewaySettings, *, address_file: Path | None = None
         serve = asyncio.create_task(server.serve([listener]))
         log_connection = asyncio.create_task(upstream.log_connection())
         try:
+            await server.accepting.wait()
             address = _address_of(listener)
             with _written(address_file, address):
                 _log.info("serving", address=address, controller=settings.controller)
@@ -136,11 +137,19 @@ async def serving(settings: GatewaySettings, *, address_file: Path | None = None
 
 async def run(settings: GatewaySettings, *, address_file: Path | None = None) -> None:
     """Serves HTTP, as `serving` does, until it is asked to end by a signal."""
-    async with serving(settings, address_file=address_file):
-        await until_signalled()
+    async with serving(settings, address_file=address_file) as address:
+        await serve_until_signalled(f"serving on http://{address}")
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepting = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepting.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Leaves signals to the caller; uvicorn would take SIGTERM and SIGINT for itself."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, instance_pb2
 from vmherd.model import errors
 from vmherd.model.errors import FailedPrecondition, FieldViolation, VmherdError
 from vmherd.rpc.channel import open_channel
-from vmherd.rpc.serving import owned_socket, serving
+from vmherd.rpc.serving import find_group, owned_socket, serving
 from vmherd.rpc.status import CODES, from_rpc_error
 
 pytestmark = pytest.mark.anyio
@@ -29,9 +30,10 @@ SERVICE = "vmherd.api.v1.ControllerService"
 
 
 class Servicer(controller_pb2_grpc.ControllerServiceServicer):
-    """Answers as the test wants."""
+    """Answers as the test wants, to the users that it wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, peers: Collection[int] | None = None) -> None:
+        self.peers = peers
         self.error: Exception | None = None
         self.let_go = asyncio.Event()
         self.begun = asyncio.Event()
@@ -67,9 +69,9 @@ def path() -> Iterator[Path]:
         yield Path(directory) / "s"
 
 
-@pytest.fixture
-def servicer() -> Servicer:
-    return Servicer()
+@pytest.fixture(params=[None, {os.geteuid()}], ids=["direct", "front"])
+def servicer(request: pytest.FixtureRequest) -> Servicer:
+    return Servicer(request.param)
 
 
 @pytest.fixture
@@ -78,9 +80,9 @@ async def stub(path: Path) -> AsyncIterator[controller_pb2_grpc.ControllerServic
         yield controller_pb2_grpc.ControllerServiceStub(channel)
 
 
-def served(servicer: Servicer, path: Path) -> Any:
+def served(servicer: Servicer, path: Path, group: int | None = None) -> Any:
     add = partial(controller_pb2_grpc.add_ControllerServiceServicer_to_server, servicer)
-    return serving({SERVICE: add}, path)
+    return serving({SERVICE: add}, path, group=group, peers=servicer.peers)
 
 
 async def error_of(call: Any) -> VmherdError:
@@ -110,6 +112,45 @@ async def test_the_umask_is_left_alone(servicer: Servicer, path: Path, monkeypat
     monkeypatch.setattr(os, "umask", lambda _mask: pytest.fail("the umask was changed"))
     async with served(servicer, path):
         assert mode_of(path) == 0o600
+
+
+async def test_the_group_may_connect_where_one_is_given(servicer: Servicer, path: Path) -> None:
+    group = os.getgroups()[-1] if os.geteuid() else 12345
+    async with served(servicer, path, group):
+        assert (mode_of(path), os.stat(path).st_gid) == (0o660, group)
+
+
+async def test_a_group_that_cannot_be_given_is_told_of(
+    servicer: Servicer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(FailedPrecondition, match="to the group 12345: Operation not permitted") as caught:
+        async with served(servicer, path, 12345):
+            pass
+    assert caught.value.reason == "GROUP_NOT_USABLE"
+    assert list(path.parent.iterdir()) == []
+
+
+async def test_a_socket_has_its_mode_and_group_before_its_name(
+    servicer: Servicer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    rename = Path.rename
+
+    def look(made: Path, target: Path) -> Path:
+        seen.append((mode_of(made.parent), mode_of(made), made.stat().st_gid, target))
+        return rename(made, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    mask = os.umask(0)
+    try:
+        async with served(servicer, path, os.getegid()):
+            assert seen == [(0o700, 0o660, os.getegid(), path)]
+    finally:
+        os.umask(mask)
 
 
 async def test_an_unexpected_exception_reaches_the_log_and_not_the_caller(
@@ -183,13 +224,51 @@ async def test_a_socket_that_a_killed_server_left_is_taken_over(servicer: Servic
     assert list(path.parent.iterdir()) == []
 
 
+async def test_a_killed_server_behind_a_front_leaves_nothing_that_matters(servicer: Servicer, path: Path) -> None:
+    os.mkdir(f"{path}.d")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(f"{path}.d/grpc")
+    async with served(servicer, path):
+        assert mode_of(Path(f"{path}.d")) == 0o700
+    assert list(path.parent.iterdir()) == []
+
+
+async def test_a_foreign_thing_in_the_place_of_the_directory_is_left_alone(servicer: Servicer, path: Path) -> None:
+    os.symlink("precious", f"{path}.d")
+    with pytest.raises(FailedPrecondition, match=r"cannot make the directory .*s\.d: File exists"):
+        async with served(servicer, path):
+            pass
+    assert os.readlink(f"{path}.d") == "precious"
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("queue", [0, 10])
+def test_a_server_that_knows_no_lock_is_left_alone(path: Path, kind: socket.SocketKind, queue: int) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as foreign, socket.socket(socket.AF_UNIX, kind) as caller:
+        foreign.bind(str(path))
+        if kind is not socket.SOCK_DGRAM:
+            foreign.listen(queue)
+            caller.connect(str(path))  # with a queue of 0 it is full now
+        inode = path.stat().st_ino
+        with pytest.raises(FailedPrecondition, match="another process serves") as caught, owned_socket(path):
+            pass
+        assert caught.value.reason == "SOCKET_IN_USE"
+        assert path.stat().st_ino == inode
+
+
 def mode_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-@pytest.mark.parametrize("kind", ["file", "directory"])
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_what_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
-    path.mkdir() if kind == "directory" else path.write_text("precious")
+    match kind:
+        case "file":
+            path.write_text("precious")
+        case "directory":
+            path.mkdir()
+        case "link":
+            path.symlink_to("nowhere")
     with pytest.raises(FailedPrecondition, match="something else is there"), owned_socket(path):
         pass
     assert list(path.parent.iterdir()) == [path]
@@ -199,3 +278,11 @@ def test_a_path_that_is_too_long(path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="the kernel takes 107") as caught, owned_socket(path / ("x" * 107)):
         pass
     assert caught.value.reason == "SOCKET_PATH_TOO_LONG"
+
+
+def test_a_group_is_found_by_its_name_or_number() -> None:
+    assert find_group("root") == find_group("0") == 0
+    assert find_group("4294967294") == 4294967294  # it need not have a name
+    with pytest.raises(FailedPrecondition, match="there is no group 'no-such-group'") as caught:
+        find_group("no-such-group")
+    assert caught.value.reason == "GROUP_UNKNOWN"

@@ -16,13 +16,20 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from vmherd.api.v1 import controller_pb2, controller_pb2_grpc, file_pb2, file_pb2_grpc, process_pb2, process_pb2_grpc
-from vmherd.api.v1.controller_pb2 import ListResponse, PlanResponse, WaitResponse, WatchResponse
+from vmherd.api.v1.controller_pb2 import (
+    ListNetworksResponse,
+    ListResponse,
+    Network,
+    PlanResponse,
+    WaitResponse,
+    WatchResponse,
+)
 from vmherd.api.v1.instance_pb2 import Address, Exit, Hardware, Instance, Readiness
 from vmherd.api.v1.process_pb2 import ExecRequest, ListProcessesResponse, Process, ProcessEvent
 from vmherd.model.errors import NotFound, VmherdError, illegal_transition, instance_not_found, name_taken
 from vmherd.rpc.serving import serving
 
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 30.0
 
 
 def ready_up_to(rung: int) -> Readiness:
@@ -54,6 +61,11 @@ class FakeController:
         self.page_size_max = 1000
         self.holds_waits = False
         """Whether a wait goes on after its first rung until the caller leaves."""
+        self.ignores_shutdown: set[str] = set()
+        """The instances that only force stops."""
+        self.ends_by_itself: set[str] = set()
+        """The instances whose guests go down right before they are asked to."""
+        self.networks: list[Network] = []
 
     def add(self, name: str, state: Instance.State.ValueType = Instance.RUNNING, **fields: Any) -> Instance:
         """An instance that is there."""
@@ -89,7 +101,8 @@ class _Instances(controller_pb2_grpc.ControllerServiceServicer):
         if request.name in self._fake.instances:
             raise name_taken(request.name)
         state = self._fake.launch_state if request.start else Instance.STOPPED
-        instance = self._fake.add(request.name, state, labels=request.labels)
+        given = {"labels": request.labels, "nics": request.nics, "autostart": request.autostart}
+        instance = self._fake.add(request.name, state, **given)
         if state == Instance.FAILED:
             instance.last_exit.CopyFrom(Exit(cause=Exit.START_FAILED, detail="no room\x1b[2J"))
         return instance
@@ -98,6 +111,11 @@ class _Instances(controller_pb2_grpc.ControllerServiceServicer):
         return self._move(request, "start", Instance.STOPPED, Instance.RUNNING)
 
     async def Stop(self, request: Any, context: Any) -> Instance:
+        if request.name in self._fake.ignores_shutdown and not request.force:
+            self._fake.received(request)
+            await asyncio.Event().wait()
+        if request.name in self._fake.ends_by_itself:
+            self._fake.named(request.name).state = Instance.STOPPED
         instance = self._move(request, "stop", Instance.RUNNING, Instance.STOPPED)
         instance.last_exit.CopyFrom(Exit(cause=Exit.STOPPED, stop_step=Exit.KILL if request.force else Exit.AGENT))
         return instance
@@ -155,7 +173,20 @@ class _Instances(controller_pb2_grpc.ControllerServiceServicer):
     async def Plan(self, request: Any, context: Any) -> PlanResponse:
         self._fake.received(request)
         argv = ["qemu-system-x86_64", "-name", f"guest={request.launch.name}", "-append", "a b"]
-        return PlanResponse(instance=Instance(name=request.launch.name), argv=argv, accelerator="TCG, as measured")
+        instance = Instance(name=request.launch.name, nics=request.launch.nics)
+        devices, rules = ["tap vm0 on br0"] * len(instance.nics), ["chain port-vm0 {\n\tdrop\n}"] * len(instance.nics)
+        return PlanResponse(instance=instance, argv=argv, accelerator="TCG, as measured", devices=devices, rules=rules)
+
+    async def Update(self, request: Any, context: Any) -> Instance:
+        self._fake.received(request)
+        instance = self._fake.named(request.name)
+        if request.HasField("autostart"):
+            instance.autostart = request.autostart
+        return instance
+
+    async def ListNetworks(self, request: Any, context: Any) -> ListNetworksResponse:
+        self._fake.received(request)
+        return ListNetworksResponse(networks=self._fake.networks)
 
     def _move(self, request: Any, verb: str, source: int, target: Instance.State.ValueType) -> Instance:
         self._fake.received(request)

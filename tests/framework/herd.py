@@ -19,16 +19,21 @@ from typing import Any
 
 import httpx
 
+from tests.framework.console import Console, console_at
 from vmherd.cli import traces
 from vmherd.cli.herd_files import Flags, prepare, settings_file
 from vmherd.client import Client
 from vmherd.image.registry import KernelImage
-from vmherd.model.layout import Herd, StateDirectory
+from vmherd.model.layout import Herd, RunDirectory, StateDirectory
 
 PROCESSES = ("qemu", "controller", "gateway")
 READY_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 30.0
 BOOT_TIMEOUT_S = 60.0
 """The built-in guest answers in some 2.5 s; a busy machine with two cores may take much longer."""
+
+AT_ONCE_S = 20.0
+"""For what waits for nothing: what it must not wait for takes longer, and a busy machine is not as slow as that."""
 
 
 class HerdUnderTest:
@@ -40,8 +45,8 @@ class HerdUnderTest:
         self.files = Herd(directory)
         self.state = StateDirectory(directory / "state")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.address = f"127.0.0.1:{_free_port()}"
-        self.grpc_address = f"127.0.0.1:{_free_port()}"
+        self._ports = [_reserved_port() for _ in range(2)]
+        self.address, self.grpc_address = (f"127.0.0.1:{port.getsockname()[1]}" for port in self._ports)
         prepare(self.files, self.state.path, Flags(http=self.address, grpc=self.grpc_address, accelerator="tcg"))
         shutil.copytree(image.kernel.parent, self.state.images / image.name)
         self.token = self.files.token.read_text().strip()
@@ -78,7 +83,7 @@ class HerdUnderTest:
         for name in ending:
             self.processes[name].send_signal(number)
         for name in ending:
-            self.processes[name].wait(timeout=10)
+            self.processes[name].wait(timeout=END_TIMEOUT_S)
             del self.processes[name]
 
     def restart(self, *names: str, number: signal.Signals = signal.SIGKILL) -> None:
@@ -172,6 +177,27 @@ class HerdUnderTest:
         """What the guest wrote to its serial console."""
         return self.state.instance(uid).console_log.read_text(errors="replace")
 
+    @contextlib.contextmanager
+    def at_console(self, name: str = "web") -> Iterator[Console]:
+        """A shell in a guest that does not need its agent."""
+        with console_at(RunDirectory(self.directory).instance(self.info(name)["uid"]).console) as console:
+            yield console
+
+    @contextlib.contextmanager
+    def agent_coming_back(self, name: str = "web") -> Iterator[None]:
+        """The agent goes in the body, and comes back in it or afterwards; this waits until vmherd has noted that.
+
+        QEMU may tell up to a second late, and a call that is under way then ends as one of the agent that has gone.
+        """
+        before = self._agent_reached(name)
+        yield
+        self.eventually(lambda: self._agent_reached(name) not in (None, before))
+
+    def _agent_reached(self, name: str) -> str | None:
+        """When the instance reached the rung AGENT; None while it is not on it."""
+        times = {step["rung"]: step["reachTime"] for step in self.info(name)["readiness"]["steps"]}
+        return times.get("AGENT")
+
     def log(self, name: str) -> str:
         """What one of the processes wrote."""
         return (self.files.logs / f"{name}.log").read_text()
@@ -192,12 +218,13 @@ class HerdUnderTest:
     def fingerprint(self) -> dict[str, Any]:
         """All instances and the files of their disks: equal before and after what must change nothing."""
         instances = self.http.get("/v1/instances").json()["instances"]
-        files = {
-            str(path.relative_to(self.directory)): path.lstat().st_size
-            for directory in (self.state.instances, self.directory / "instances")
-            for path in sorted(directory.rglob("*"))
-            if path.name not in ("console.log", "stderr.log")
-        }
+        files: dict[str, int] = {}
+        for directory in (self.state.instances, self.directory / "instances"):
+            for folder, folders, names in os.walk(directory):
+                for name in {*folders, *names} - {"console.log", "stderr.log"}:
+                    path = Path(folder, name)
+                    with contextlib.suppress(FileNotFoundError):  # its owner may replace it while this looks
+                        files[str(path.relative_to(self.directory))] = path.lstat().st_size
         return {"instances": instances, "files": files}
 
     def remove_instances(self) -> None:
@@ -206,12 +233,31 @@ class HerdUnderTest:
             response = self.http.delete(f"/v1/instances/{instance['name']}", params={"force": True})
             assert response.status_code == 200, response.text
 
+    def tear_down_networks(self) -> None:
+        """Removes what the helper, which has ended, made of its networks."""
+        settings = settings_file(self.files, "qemu")
+        command = [sys.executable, "-m", "vmherd", "qemu", "--settings", str(settings), "--teardown"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=END_TIMEOUT_S, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def close(self) -> None:
+        """Lets go of what this process holds of the herd: its connections and its ports."""
+        self.http.close()
+        for port in self._ports:
+            port.close()
+
 
 @contextlib.contextmanager
-def herd_under_test(image: KernelImage) -> Iterator[HerdUnderTest]:
-    """A herd that is up and ready; afterwards its instances are gone, and it left nothing behind."""
+def herd_under_test(image: KernelImage, *networks: dict[str, Any]) -> Iterator[HerdUnderTest]:
+    """A herd that is up and ready; afterwards its instances are gone, and it left nothing behind.
+
+    The networks are those of the helper's settings, and are made where the calling thread is: in a namespace.
+    """
     directory = Path(tempfile.mkdtemp(prefix="vmherd-"))
     herd = HerdUnderTest(directory, image)
+    if networks:
+        directory.chmod(0o755)  # their DHCP servers, which are other users', read files in it
+        herd.settings("qemu", networks=networks)
     try:
         herd.start()
         herd.wait_ready()
@@ -219,14 +265,17 @@ def herd_under_test(image: KernelImage) -> Iterator[HerdUnderTest]:
         herd.complete()
         herd.remove_instances()
         herd.end()
+        if networks:
+            herd.tear_down_networks()
         assert list(traces.all_of(herd.files)) == []
         for name in PROCESSES:
             assert "Traceback" not in herd.log(name), herd.log(name)
     finally:
-        herd.http.close()
+        herd.close()
         herd.end(number=signal.SIGKILL)
-        for pid in herd.qemu_pids():
-            os.kill(pid, signal.SIGKILL)
+        for pid in traces.processes(directory):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(directory)
 
 
@@ -242,12 +291,16 @@ def _succeeded(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _reserved_port() -> socket.socket:
+    """A free port that nobody else is given while this socket is open, and that a server can still listen on."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def _command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since it was found
+        return b""

@@ -6,8 +6,10 @@ import ctypes
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -58,6 +60,40 @@ class Namespace:
             return function(*arguments)
 
         return _in_thread(inside)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread is in here, and so is all that it starts."""
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check(_libc.setns(self._descriptor, CLONE_NEWNET))
+            try:
+                yield
+            finally:
+                _check(_libc.setns(before, CLONE_NEWNET))
+        finally:
+            os.close(before)
+
+    def processes(self) -> list[str]:
+        """Who is in here, for people."""
+        inode, found = os.fstat(self._descriptor).st_ino, []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # ended, or nothing of ours
+                if os.stat(process / "ns/net").st_ino == inode:
+                    found.append(f"{process.name} {(process / 'comm').read_text().strip()}")
+        return found
+
+
+@contextmanager
+def own_network() -> Iterator[Namespace]:
+    """The calling thread is in a namespace of its own, where at the end nobody may be left."""
+    with namespaces(1) as [namespace]:
+        with namespace.entered():
+            yield namespace
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while left := namespace.processes():  # who was ended may take a moment to go
+            assert time.monotonic() < deadline_s, f"left in the namespace: {left}"
+            time.sleep(0.02)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from vmherd.cli import agent, copy, demo, exec, guest_calls, guest_processes, instances, up
+from vmherd.cli import agent, copy, demo, exec, guest_calls, guest_processes, instances, launch, up
 from vmherd.cli.exit_codes import MEANINGS, USAGE, exit_code
 from vmherd.cli.report import printable, tell
 from vmherd.cli.serve import PROCESSES, serve
@@ -79,6 +79,7 @@ for name, process in PROCESSES.items():
     )(_process)
 
 for part in (
+    launch.app,
     instances.app,
     exec.app,
     guest_processes.app,

@@ -10,18 +10,39 @@ import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
 
-from vmherd.api.settings.v1.settings_pb2 import ControllerSettings, GatewaySettings, QemuSettings
+from vmherd.api.settings.v1.settings_pb2 import ControllerSettings, GatewaySettings, Network, QemuSettings
 from vmherd.cli.settings import check_address, load_settings
-from vmherd.model.errors import FailedPrecondition, InvalidArgument
+from vmherd.model import network as network_model
+from vmherd.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from vmherd.model.layout import Herd, RunDirectory
+from vmherd.model.network import check_interface_name, check_network
 from vmherd.rpc.serving import check_socket_path
 
 DEFAULT_HTTP = "127.0.0.1:8080"
+DEFAULT_NETWORK = "default"
+DEFAULT_BRIDGE = "vmherd0"
 TOKEN_BYTES = 32
+
+
+def check_bridge(name: str) -> Iterator[str]:
+    """A bridge has a name that an interface can have."""
+    yield from (violation.description for violation in check_interface_name(name, ""))
+
+
+def check_subnet(text: str) -> Iterator[str]:
+    """A subnet is one that a network of ours can have."""
+    try:
+        subnet = IPv4Network(text)
+    except ValueError:
+        yield f"must be an IPv4 subnet, for instance 10.20.30.0/24, is {text!r}"
+    else:
+        network = network_model.Network(DEFAULT_NETWORK, DEFAULT_BRIDGE, subnet)
+        yield from (violation.description for violation in check_network(network, ""))
 
 
 @dataclass(frozen=True)
@@ -29,17 +50,42 @@ class Flags:
     """What the user asks for; None leaves the choice to the settings files, or to the defaults where there are none.
 
     Raises:
-        InvalidArgument: an address is none.
+        InvalidArgument: an address, a subnet or a bridge's name is none.
+        PermissionDenied: only root can have a network.
     """
 
     http: str | None = None
     grpc: str | None = None
     accelerator: str | None = None
+    bridge: str | None = None
+    subnet: str | None = None
 
     def __post_init__(self) -> None:
-        for flag, address in (("--http", self.http), ("--grpc", self.grpc)):
-            for problem in check_address(address) if address is not None else ():
-                raise InvalidArgument(f"{flag} {problem}")
+        if problem := next(self._problems(), None):
+            raise InvalidArgument(problem)
+        for flag, value in (("--bridge", self.bridge), ("--subnet", self.subnet)):
+            if value is not None and os.getuid() != 0:
+                raise PermissionDenied(
+                    f"{flag}: only root can make networks; start it as root, or without {flag}: then instances have "
+                    "QEMU's own network, and `vmherd launch --forward PORT` leads into them",
+                    reason="NOT_ROOT",
+                )
+
+    def _problems(self) -> Iterator[str]:
+        for flag, value, check in (
+            ("--http", self.http, check_address),
+            ("--grpc", self.grpc, check_address),
+            ("--bridge", self.bridge, check_bridge),
+            ("--subnet", self.subnet, check_subnet),
+        ):
+            yield from (f"{flag} {problem}" for problem in (check(value) if value is not None else ()))
+
+    @property
+    def networks(self) -> list[Network]:
+        """The network of the two flags: one that is made, or where `bridge` stands alone a bridge that is there."""
+        if self.bridge is None and self.subnet is None:
+            return []
+        return [Network(name=DEFAULT_NETWORK, bridge=self.bridge or DEFAULT_BRIDGE, subnet=self.subnet or "")]
 
 
 @dataclass(frozen=True)
@@ -71,6 +117,7 @@ def fresh_settings(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
             run_dir=run_dir,
             state_dir=state,
             accelerator=QemuSettings.Accelerator.Value((flags.accelerator or "auto").upper()),
+            networks=flags.networks,
         ),
         controller=ControllerSettings(
             listen=str(herd.controller_socket),
@@ -121,7 +168,7 @@ def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
             )
     for directory in {Path(found.qemu.state_dir), Path(found.controller.state_dir)}:
         try:
-            _make_directory(directory)
+            _make_directory(directory, 0o700)
         except OSError as error:
             raise _unusable(directory, error) from error
     return found
@@ -130,10 +177,13 @@ def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
 def ignored_flags(herd: Herd, flags: Flags, found: HerdSettings) -> Iterator[str]:
     """One line for each flag that a settings file contradicts: the file wins."""
     accelerator = QemuSettings.Accelerator.Name(found.qemu.accelerator or QemuSettings.AUTO).lower()
+    network = next(iter(found.qemu.networks), Network())
     for flag, asked, name, value in (
         ("--http", flags.http, "gateway", found.gateway.listen),
         ("--grpc", flags.grpc, "controller", found.controller.listen_tcp),
         ("--accelerator", flags.accelerator, "qemu", accelerator),
+        ("--bridge", flags.bridge, "qemu", network.bridge),
+        ("--subnet", flags.subnet, "qemu", network.subnet),
     ):
         if asked and asked != value:
             yield (
@@ -156,7 +206,9 @@ def own_directory(path: Path) -> Iterator[None]:
     """
     check_socket_path(RunDirectory(path).longest_socket_path())
     try:
-        _make_directory(path)
+        # The DHCP server of a network of root's is another user's, and finds its files in there. What is secret has a
+        # mode of its own.
+        _make_directory(path, 0o755 if os.getuid() == 0 else 0o700)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise _unusable(path, error) from error
@@ -193,12 +245,25 @@ def check_port(address: str, flag: str) -> None:
         ) from error
 
 
-def _make_directory(path: Path) -> None:
+def check_bridge_exists(name: str) -> None:
+    """Refuses a bridge that is somebody else's and not there, before anything is started.
+
+    Raises:
+        FailedPrecondition: there is no such interface.
+    """
+    try:
+        socket.if_nametoindex(name)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"--bridge {name}: there is no such bridge; make it, or add --subnet to have one made", reason="NO_BRIDGE"
+        ) from error
+
+
+def _make_directory(path: Path, mode: int) -> None:
     if not path.is_dir():
-        _make_directory(path.parent)
+        _make_directory(path.parent, mode)
         path.mkdir()
-        # Root's QEMU may run under a uid of its own and has to get in; what is secret has a mode of its own.
-        path.chmod(0o755 if os.getuid() == 0 else 0o700)
+        path.chmod(mode)
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:

@@ -1,8 +1,9 @@
-"""`vmherd launch`, `start`, `stop`, … : the commands for instances."""
+"""`vmherd start`, `stop`, `info`, … : the commands for instances that exist."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -14,35 +15,44 @@ from google.protobuf.message import Message
 from vmherd.api.v1.controller_pb2 import (
     DeleteRequest,
     InfoRequest,
-    LaunchRequest,
     ListResponse,
     PauseRequest,
-    PlanRequest,
     RestartRequest,
     ResumeRequest,
     StartRequest,
     StopRequest,
+    UpdateRequest,
     WaitRequest,
     WatchRequest,
     WatchResponse,
 )
-from vmherd.api.v1.instance_pb2 import Hardware, Instance
+from vmherd.api.v1.instance_pb2 import Exit, Instance
 from vmherd.cli import show
 from vmherd.cli.exit_codes import exit_code
 from vmherd.cli.report import tell, to_json
-from vmherd.cli.session import DAY_S, MARGIN_S, Name, Names, Session, Timeout, complete_name, connected
-from vmherd.cli.values import duration, pairs
-from vmherd.model.errors import Aborted, VmherdError
+from vmherd.cli.session import (
+    ANSWER_TIMEOUT_S,
+    DAY_S,
+    MARGIN_S,
+    Name,
+    Names,
+    Session,
+    Timeout,
+    complete_name,
+    connected,
+)
+from vmherd.cli.values import duration
+from vmherd.client import Client
+from vmherd.model.errors import Aborted, DeadlineExceeded, FailedPrecondition, VmherdError
+from vmherd.model.lifecycle import ACTIVE
 
-ANSWER_TIMEOUT_S = 10.0
-"""For what the controller answers from memory."""
 CHANGE_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 600.0
 """A stop keeps its own times; this one only ends a controller that does not."""
+KILL_TIMEOUT_S = 30.0
 WAIT_TIMEOUT_S = 120.0
 PARALLEL_MAX = 16
 
-UINT32_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1
 
 app = typer.Typer()
@@ -52,15 +62,6 @@ Answer = TypeVar("Answer", bound=Message)
 RequestId = Annotated[
     str, typer.Option("--request-id", metavar="ID", help="The same id again gets the same answer and does nothing.")
 ]
-Image = Annotated[str, typer.Option("--image", help="What to start from. Default: the built-in guest.")]
-Cpus = Annotated[
-    int | None, typer.Option("--cpus", metavar="N", min=0, max=UINT32_MAX, help="Virtual CPUs. Default: the image's.")
-]
-Memory = Annotated[
-    int | None,
-    typer.Option("--memory", metavar="MIB", min=0, max=UINT32_MAX, help="Memory in MiB. Default: the image's."),
-]
-Labels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; may be repeated.")]
 Force = Annotated[bool, typer.Option("--force", help="Kill QEMU at once; the guest loses what it has not written.")]
 Grace = Annotated[
     float | None,
@@ -72,57 +73,64 @@ Grace = Annotated[
 
 @app.command(rich_help_panel="Instances")
 @connected
-def launch(
-    session: Session,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A DNS label, for instance `web-1`.")],
-    *,
-    image: Image = "",
-    cpus: Cpus = None,
-    memory: Memory = None,
-    label: Labels = None,
-    start: Annotated[bool, typer.Option("--start/--no-start", help="Start it.")] = True,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")] = True,
-    until: Annotated[
-        Literal["process", "qmp", "agent", "address"], typer.Option("--until", help="What ready means.")
-    ] = "address",
-    timeout: Timeout = WAIT_TIMEOUT_S,
-    request_id: RequestId = "",
-) -> None:
-    """Makes an instance from an image and starts it."""
-    request = launch_request(name, image, cpus, memory, label)
-    request.start = start
-    request.request_id = request_id
-    instance = session.client.instances.Launch(request, timeout=CHANGE_TIMEOUT_S)
-    if start and wait and instance.state != Instance.FAILED:
-        try:
-            instance = _wait(session, name, until, timeout)
-        except KeyboardInterrupt:
-            print(f"vmherd: no longer waiting; {name} goes on starting", file=sys.stderr)
-            raise
-    _show_started(session, instance)
-
-
-@app.command(rich_help_panel="Instances")
-@connected
 def start(session: Session, names: Names, request_id: RequestId = "") -> None:
     """Starts instances that are stopped or failed."""
 
     def call(name: str) -> Instance:
         return session.client.instances.Start(StartRequest(name=name, request_id=request_id), timeout=CHANGE_TIMEOUT_S)
 
-    _for_each(session, names, call, _show_started, request_id)
+    _for_each(session, names, call, show_started, request_id)
 
 
 @app.command(rich_help_panel="Instances")
 @connected
-def stop(session: Session, names: Names, force: Force = False, grace: Grace = None, request_id: RequestId = "") -> None:
+def stop(
+    session: Session,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="The instances.", autocompletion=complete_name)
+    ] = None,
+    *,
+    all_: Annotated[bool, typer.Option("--all", help="Stop every instance that runs.")] = False,
+    force: Force = False,
+    grace: Grace = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            metavar="S",
+            min=0,
+            max=DAY_S,
+            help="Kill what has not stopped after so many seconds, and exit with code 6. Default: --grace decides.",
+        ),
+    ] = None,
+    request_id: RequestId = "",
+) -> None:
     """Stops instances: asks the guest agent, presses the power button, tells QEMU to quit, kills it."""
+    if all_ == bool(names):
+        raise typer.BadParameter("name the instances to stop, or give --all")
+    deadline_s = None if timeout is None else time.monotonic() + timeout
+    # Within a budget the agent's shutdown may take all of it.
+    grace = timeout if grace is None else grace
 
     def call(name: str) -> Instance:
         request = StopRequest(name=name, force=force, grace=duration(grace), request_id=request_id)
-        return session.client.instances.Stop(request, timeout=STOP_TIMEOUT_S + 2 * (grace or 0))
+        try:
+            return _stop_until(session.client, request, deadline_s)
+        except FailedPrecondition:
+            instance = session.client.instances.Info(InfoRequest(name=name), timeout=ANSWER_TIMEOUT_S)
+            if not all_ or is_active(instance):
+                raise
+            return instance  # it went down by itself in the meantime
 
-    _for_each(session, names, call, _show_summary, request_id)
+    def show_answer(session: Session, instance: Instance) -> None:
+        if deadline_s and not force and instance.last_exit.stop_step in (Exit.QUIT, Exit.KILL):
+            raise DeadlineExceeded(f"{instance.name} did not stop within {timeout:g} s and was killed", reason="KILLED")
+        _show_summary(session, instance)
+
+    if all_:
+        names = [instance.name for page in session.client.pages() for instance in page.instances if is_active(instance)]
+    if names:
+        _for_each(session, names, call, show_answer, request_id, at_once=len(names))
 
 
 @app.command(rich_help_panel="Instances")
@@ -136,7 +144,7 @@ def restart(
         request = RestartRequest(name=name, force=force, grace=duration(grace), request_id=request_id)
         return session.client.instances.Restart(request, timeout=STOP_TIMEOUT_S + 2 * (grace or 0))
 
-    _for_each(session, names, call, _show_started, request_id)
+    _for_each(session, names, call, show_started, request_id)
 
 
 @app.command(rich_help_panel="Instances")
@@ -184,6 +192,26 @@ def delete(
 
 @app.command(rich_help_panel="Instances")
 @connected
+def update(
+    session: Session,
+    names: Names,
+    *,
+    autostart: Annotated[
+        bool | None, typer.Option("--autostart/--no-autostart", help="Start them, or leave them.")
+    ] = None,
+) -> None:
+    """Changes whether instances start when the host has booted."""
+    if autostart is None:
+        raise typer.BadParameter("say what to change: --autostart or --no-autostart")
+
+    def call(name: str) -> Instance:
+        return session.client.instances.Update(UpdateRequest(name=name, autostart=autostart), timeout=CHANGE_TIMEOUT_S)
+
+    _for_each(session, names, call, _show_summary)
+
+
+@app.command(rich_help_panel="Instances")
+@connected
 def info(session: Session, name: Name) -> None:
     """Shows one instance."""
     instance = session.client.instances.Info(InfoRequest(name=name), timeout=ANSWER_TIMEOUT_S)
@@ -224,7 +252,7 @@ def wait(
     timeout: Timeout = WAIT_TIMEOUT_S,
 ) -> None:
     """Waits until an instance reaches a step of its start, or has stopped."""
-    _show_summary(session, _wait(session, name, until, timeout))
+    _show_summary(session, wait_for(session, name, until, timeout))
 
 
 @app.command(rich_help_panel="Instances")
@@ -250,32 +278,23 @@ def watch(
             print(show.change_line(change, datetime.now()), flush=True)
 
 
-@app.command(rich_help_panel="Instances")
-@connected
-def plan(
-    session: Session,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A DNS label, for instance `web-1`.")],
-    *,
-    image: Image = "",
-    cpus: Cpus = None,
-    memory: Memory = None,
-    label: Labels = None,
-) -> None:
-    """Shows the command line that a launch would run, and does nothing."""
-    request = PlanRequest(launch=launch_request(name, image, cpus, memory, label))
-    answer = session.client.instances.Plan(request, timeout=CHANGE_TIMEOUT_S)
-    print(to_json(answer) if session.as_json else show.plan_text(answer))
+def is_active(instance: Instance) -> bool:
+    """A QEMU process of it runs, or may run."""
+    return Instance.State.Name(instance.state) in ACTIVE
 
 
-def launch_request(
-    name: str, image: str, cpus: int | None, memory: int | None, labels: list[str] | None
-) -> LaunchRequest:
-    """The request; a value that was not given is not in it either."""
-    hardware = None if cpus is None and memory is None else Hardware(cpus=cpus, memory_mib=memory)
-    return LaunchRequest(name=name, image=image, hardware=hardware, labels=pairs(labels or [], "--label"))
+def _stop_until(client: Client, request: StopRequest, deadline_s: float | None) -> Instance:
+    """Stops an instance as the request says, and kills it where that is not done by the deadline, a monotonic time."""
+    if deadline_s is None:
+        return client.instances.Stop(request, timeout=STOP_TIMEOUT_S + 2 * request.grace.ToTimedelta().total_seconds())
+    try:
+        return client.instances.Stop(request, timeout=max(0, deadline_s - time.monotonic()))
+    except DeadlineExceeded:
+        return client.instances.Stop(StopRequest(name=request.name, force=True), timeout=KILL_TIMEOUT_S)
 
 
-def _wait(session: Session, name: str, until: str, timeout_s: float) -> Instance:
+def wait_for(session: Session, name: str, until: str, timeout_s: float) -> Instance:
+    """Waits for a condition, shows how it comes true, and gives the instance as it is then."""
     condition = WaitRequest.Condition.Value(until.upper())
     request = WaitRequest(name=name, until=condition, timeout=duration(timeout_s))
     answers = session.client.instances.Wait(request, timeout=timeout_s + MARGIN_S)
@@ -289,7 +308,7 @@ def _show_summary(session: Session, instance: Instance) -> None:
     print(to_json(instance) if session.as_json else show.summary(instance))
 
 
-def _show_started(session: Session, instance: Instance) -> None:
+def show_started(session: Session, instance: Instance) -> None:
     """A start that was accepted may have failed by the time of its answer."""
     if instance.state == Instance.FAILED:
         raise Aborted(
@@ -306,12 +325,14 @@ def _for_each(
     call: Callable[[str], Answer],
     show_answer: Callable[[Session, Answer], None],
     request_id: str = "",
+    *,
+    at_once: int = PARALLEL_MAX,
 ) -> None:
     """Calls for all the names at once, shows the answers in their order, and exits with the first error's code."""
     if request_id and len(names) > 1:
         raise typer.BadParameter("--request-id stands for one request, so it goes with one name")
     code = 0
-    pool = ThreadPoolExecutor(min(len(names), PARALLEL_MAX))
+    pool = ThreadPoolExecutor(min(len(names), at_once))
     try:
         for answer in [pool.submit(call, name) for name in names]:
             try:

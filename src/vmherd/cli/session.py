@@ -17,6 +17,8 @@ from vmherd.cli.report import tell
 from vmherd.client import Client, find_controller
 from vmherd.model.errors import VmherdError
 
+ANSWER_TIMEOUT_S = 10.0
+"""For what the controller answers from memory."""
 MARGIN_S = 10.0
 """How much longer than the controller's own deadline ours is, so that its error, which says more, comes first."""
 COMPLETION_TIMEOUT_S = 1.0

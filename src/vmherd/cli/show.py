@@ -18,8 +18,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from vmherd.api.v1.controller_pb2 import PlanResponse, WaitResponse, WatchResponse
-from vmherd.api.v1.instance_pb2 import Exit, Instance, Readiness
+from vmherd.api.v1.controller_pb2 import Network, PlanResponse, WaitResponse, WatchResponse
+from vmherd.api.v1.instance_pb2 import Address, Exit, Instance, Nic, PortForward, Readiness
 from vmherd.cli.report import printable
 
 STATE_STYLES = {
@@ -63,14 +63,15 @@ def rung_name(rung: Readiness.Rung.ValueType) -> str:
 def instance_table(instances: Iterable[Instance], now: datetime) -> Table:
     """One line for each instance."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("NAME", "STATE", "READY", "ADDRESSES", "CPUS", "MEMORY", "IMAGE", "AGE", "LABELS"):
+    for heading in ("NAME", "STATE", "READY", "ADDRESSES", "NETWORKS", "CPUS", "MEMORY", "IMAGE", "AGE", "LABELS"):
         table.add_column(heading, no_wrap=heading in {"NAME", "STATE", "READY", "AGE"})
     for instance in instances:
         table.add_row(
             printable(instance.name),
             Text(state_name(instance), STATE_STYLES.get(instance.state, "")),
             rung_name(instance.readiness.reached),
-            _addresses(instance),
+            ", ".join(_short_address(address) for address in instance.addresses),
+            ", ".join(" ".join([printable(nic.network), *_forwards(nic)]) for nic in instance.nics),
             str(instance.hardware.cpus),
             f"{instance.hardware.memory_mib} MiB",
             printable(instance.image),
@@ -86,14 +87,13 @@ def instance_details(instance: Instance) -> RenderableType:
         "name": printable(instance.name),
         "uid": printable(instance.uid),
         "state": Text(state_name(instance), STATE_STYLES.get(instance.state, "")),
-        "addresses": "\n".join(
-            printable(f"{address.address}/{address.prefix_length} on {address.interface}, {address.mac}")
-            for address in instance.addresses
-        ),
+        "networks": "\n".join(_nic(nic) for nic in instance.nics),
+        "addresses": "\n".join(_address(address) for address in instance.addresses),
         "cpus": str(instance.hardware.cpus),
         "memory": f"{instance.hardware.memory_mib} MiB",
         "image": printable(instance.image),
         "labels": _labels(instance),
+        "autostart": "when the host has booted" if instance.autostart else "",
         "created": _time(instance.create_time),
         "starts": str(instance.generation),
         "readiness": ", ".join(f"{rung_name(s.rung)} {_seconds(s)}" for s in instance.readiness.steps),
@@ -115,7 +115,10 @@ def summary(instance: Instance) -> str:
         return f"{line}: {printable(instance.last_exit.detail)}"
     if instance.state == Instance.STOPPED and (step := STOP_STEPS.get(instance.last_exit.stop_step)):
         return f"{line} {step}"
-    return f"{line} at {addresses}" if (addresses := _addresses(instance)) else line
+    where = [printable(address.address) for address in instance.addresses]
+    if instance.state == Instance.RUNNING:
+        where += [forward for nic in instance.nics for forward in _forwards(nic)]
+    return f"{line} at {', '.join(where)}" if where else line
 
 
 def ladder(answer: WaitResponse) -> RenderableType:
@@ -152,15 +155,48 @@ def change_line(change: WatchResponse, at: datetime) -> str:
     return f"{at:%H:%M:%S}  {change.revision:>6}  {printable(change.instance.name):<20} {ready:<8} {what}"
 
 
+def network_table(networks: Iterable[Network]) -> Table:
+    """One line for each network of the host."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("NAME", "BRIDGE", "SUBNET", "HOST", "IPV6 SUBNET", "INSTANCES"):
+        table.add_column(heading, no_wrap=True)
+    for network in networks:
+        table.add_row(
+            network.name,
+            network.bridge,
+            network.subnet or "somebody else's",
+            network.gateway or "-",
+            network.ipv6_subnet or "-",
+            "isolated" if network.isolated else "reach each other",
+        )
+    return table
+
+
 def plan_text(plan: PlanResponse) -> str:
-    """The accelerator and the command line, one option a line, ready to be pasted into a shell."""
+    """What would be made, as comments, and the command line, one option a line, ready to be pasted into a shell."""
     lines: list[list[str]] = []
     for word in plan.argv:
         if not lines or word.startswith("-"):
             lines.append([])
         lines[-1].append(word)
     command = " \\\n  ".join(shlex.join(line) for line in lines)
-    return f"# {printable(plan.accelerator)}\n{command}"
+    comments = [
+        printable(plan.accelerator),
+        *_section("networks", [_nic(nic) for nic in plan.instance.nics]),
+        *_section("devices", plan.devices),
+        *_section("rules", plan.rules),
+    ]
+    return "\n".join([*(f"# {comment}".rstrip() for comment in comments), command])
+
+
+def _section(title: str, texts: Iterable[str]) -> list[str]:
+    """Lines under a title, indented as they are; nothing where there are none."""
+    lines = ["  " + _indented(line) for text in texts for line in text.splitlines()]
+    return [f"{title}:", *lines] if lines else []
+
+
+def _indented(line: str) -> str:
+    return line[: len(line) - len(line.lstrip())].expandtabs(2) + printable(line)
 
 
 def age(seconds: float) -> str:
@@ -179,8 +215,33 @@ def _seconds(step: Readiness.Step) -> str:
     return f"{step.elapsed.ToTimedelta().total_seconds():.2f} s"
 
 
-def _addresses(instance: Instance) -> str:
-    return ", ".join(printable(address.address) for address in instance.addresses)
+def _nic(nic: Nic) -> str:
+    own = [printable(text) for text in (nic.network, nic.mac, nic.ipv4_address, nic.ipv6_address) if text]
+    return ", ".join([*own, *_forwards(nic)])
+
+
+def _forwards(nic: Nic) -> list[str]:
+    """A port of the host that is not chosen yet is `*`."""
+    return [
+        f"127.0.0.1:{forward.host_port or '*'} → {forward.guest_port}/"
+        f"{'udp' if forward.protocol == PortForward.UDP else 'tcp'}"
+        for forward in nic.forwards
+    ]
+
+
+def _address(address: Address) -> str:
+    interface = f" on {address.interface}" if address.interface else ""
+    return printable(f"{address.address}/{address.prefix_length}{interface}, {address.mac} ({_source(address)})")
+
+
+def _short_address(address: Address) -> str:
+    """The guest itself is the usual source."""
+    usual = address.source in (Address.AGENT, Address.SOURCE_UNSPECIFIED)
+    return printable(address.address if usual else f"{address.address} ({_source(address)})")
+
+
+def _source(address: Address) -> str:
+    return Address.Source.Name(address.source).lower()
 
 
 def _labels(instance: Instance) -> str:

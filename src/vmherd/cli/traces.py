@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +19,31 @@ def all_of(herd: Herd) -> Iterator[str]:
 
 
 def processes(directory: Path) -> dict[int, str]:
-    """The processes that name something in this directory on their command line, as each of ours does."""
+    """The other processes that name something in this directory on their command line, or have a file there open.
+
+    QEMU is only given descriptors, and the others may be found before they have opened anything.
+    """
     found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if any(f"{directory}/" in word for word in words):
-            found[int(path.parent.name)] = Path(words[0]).name
+    for process in Path("/proc").glob("[0-9]*"):
+        words = _words(process)
+        used = (*words, *_open_files(process))
+        if process.name != str(os.getpid()) and any(f"{directory}/" in text for text in used):
+            found[int(process.name)] = Path(words[0]).name
     return found
+
+
+def _words(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return [""]
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or another user's
+        for descriptor in os.listdir(process / "fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                yield os.readlink(process / "fd" / descriptor)
 
 
 def interfaces() -> set[str]:

@@ -18,15 +18,28 @@ import typer
 from vmherd.api.v1.controller_pb2 import StopRequest
 from vmherd.api.v1.instance_pb2 import Instance
 from vmherd.cli import show
-from vmherd.cli.herd_files import Flags, HerdSettings, check_port, ignored_flags, own_directory, prepare
-from vmherd.cli.instances import STOP_TIMEOUT_S
+from vmherd.cli.herd_files import (
+    Flags,
+    HerdSettings,
+    check_bridge_exists,
+    check_port,
+    ignored_flags,
+    own_directory,
+    prepare,
+    settings_file,
+)
+from vmherd.cli.instances import STOP_TIMEOUT_S, is_active
 from vmherd.cli.processes import ProcessEnded, Processes, race, running
 from vmherd.cli.report import tell
 from vmherd.client import Client, named_run_directory, own_run_directory, own_state_directory
-from vmherd.model.errors import Aborted, InvalidArgument, VmherdError
+from vmherd.model.errors import Aborted, VmherdError
 from vmherd.model.layout import Herd, StateDirectory
-from vmherd.model.lifecycle import ACTIVE
 from vmherd.rpc.serving import until_signalled
+
+AS_ROOT = (
+    "All three run as root, and each QEMU as a user of its own.",
+    "The units in packaging/systemd leave root to the helper alone.",
+)
 
 app = typer.Typer()
 
@@ -52,11 +65,22 @@ def up(
         str | None,
         typer.Option("--grpc", metavar="HOST:PORT", help="Serve gRPC there too, with the token. Default: off."),
     ] = None,
-    bridge: Annotated[
-        str | None, typer.Option("--bridge", metavar="NAME", help="Not there yet: networks are user-mode for now.")
-    ] = None,
     subnet: Annotated[
-        str | None, typer.Option("--subnet", metavar="CIDR", help="Not there yet: networks are user-mode for now.")
+        str | None,
+        typer.Option(
+            "--subnet",
+            metavar="CIDR",
+            help="Make a network `default` with NAT, DHCP and DNS on this IPv4 subnet. For root. Default: off.",
+        ),
+    ] = None,
+    bridge: Annotated[
+        str | None,
+        typer.Option(
+            "--bridge",
+            metavar="NAME",
+            help="With --subnet: the bridge to make, vmherd0 by default. Alone: an existing bridge, with somebody "
+            "else's addresses, as network `default`. For root.",
+        ),
     ] = None,
     accelerator: Annotated[
         Literal["auto", "kvm", "tcg"] | None,
@@ -71,13 +95,10 @@ def up(
     Writes the settings files into DIR/settings where they are missing; those that are there win over the options.
     Ctrl-C or SIGTERM ends the three.
     """
-    for flag, value in (("--bridge", bridge), ("--subnet", subnet)):
-        if value is not None:
-            raise InvalidArgument(f"{flag}: networks other than user-mode do not exist yet; start without it")
     rundir = rundir or ctx.find_root().params.get("rundir") or named_run_directory()
     herd = Herd(rundir.resolve() if rundir else own_run_directory())
     state_dir = herd.path / "state" if rundir else own_state_directory()
-    asyncio.run(_up(herd, state_dir, Flags(http, grpc, accelerator), stop_instances=stop_instances))
+    asyncio.run(_up(herd, state_dir, Flags(http, grpc, accelerator, bridge, subnet), stop_instances=stop_instances))
 
 
 async def _up(herd: Herd, state_dir: Path, flags: Flags, *, stop_instances: bool) -> None:
@@ -112,6 +133,8 @@ async def herd_up(herd: Herd, state_dir: Path, flags: Flags) -> AsyncIterator[tu
     """
     with own_directory(herd.path):
         settings = prepare(herd, state_dir, flags)
+        if flags.bridge and not flags.subnet:
+            check_bridge_exists(flags.bridge)
         check_port(settings.gateway.listen, "--http")
         if settings.controller.listen_tcp:
             check_port(settings.controller.listen_tcp, "--grpc")
@@ -147,24 +170,28 @@ def _instances(herd: Herd) -> list[Instance]:
 
 def _welcome(herd: Herd, processes: Processes, settings: HerdSettings, instances: list[Instance]) -> list[str]:
     program = "vmherd" if shutil.which("vmherd") else str(Path(sys.executable).with_name("vmherd"))
-    active = sum(_is_active(instance) for instance in instances)
+    active = sum(is_active(instance) for instance in instances)
+    networks = settings.qemu.networks
     return [
         f"vmherd is up in {herd.path}",
         f"  HTTP       http://{processes.http} (the API's page: http://{processes.http}/docs)",
         f"  gRPC       unix:{herd.controller_socket}",
         *([f"             {settings.controller.listen_tcp}"] if settings.controller.listen_tcp else []),
         f"  token      {herd.token}",
+        *(f"  network    {it.name}: {it.subnet or 'addresses of others'}, on bridge {it.bridge}" for it in networks),
         f"  instances  {len(instances)}, {active} of them running" if instances else "  instances  none yet",
         "",
         f'  curl -H "Authorization: Bearer $(cat {shlex.quote(str(herd.token))})" http://{processes.http}/v1/instances',
         f"  {program} --rundir {shlex.quote(str(herd.path))} list",
         "",
+        *(AS_ROOT if os.getuid() == 0 else ()),
+        *(
+            f"{it.bridge} stays; `{program} qemu --settings {settings_file(herd, 'qemu')} --teardown` removes it."
+            for it in networks
+            if it.subnet
+        ),
         "Ctrl-C ends the three processes.",
     ]
-
-
-def _is_active(instance: Instance) -> bool:
-    return Instance.State.Name(instance.state) in ACTIVE
 
 
 async def _stop_all(herd: Herd) -> None:
@@ -176,7 +203,7 @@ async def _stop_all(herd: Herd) -> None:
             tell(error)
 
     try:
-        names = [instance.name for instance in await asyncio.to_thread(_instances, herd) if _is_active(instance)]
+        names = [instance.name for instance in await asyncio.to_thread(_instances, herd) if is_active(instance)]
     except VmherdError as error:
         tell(error)
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -108,17 +110,30 @@ class _RaisesVmherdErrors(
         """gRPC's own text for a peer that is not there names neither the peer nor the reason."""
         if error.code() is grpc.StatusCode.UNAVAILABLE and not status_of(error).details:
             return Unavailable(
-                f"no controller answers on {self._path}: {_why(self._path)}; `./start.sh` or `vmherd up` starts one",
-                reason="CONTROLLER_NOT_RUNNING",
+                f"no controller answers on {self._path}: {_why(self._path)}", reason="CONTROLLER_NOT_RUNNING"
             )
         return from_rpc_error(error)
 
 
 def _why(path: Path) -> str:
+    why = "it ended the connection"
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_CONNECT_TIMEOUT_S)
         try:
             probe.connect(os.fspath(path))
+        except PermissionError as error:
+            return f"{error.strerror}; {_who_may_connect(path)}"
         except OSError as error:
-            return error.strerror or str(error)
-    return "it ended the connection"
+            why = error.strerror or str(error)
+    return f"{why}; `./start.sh` or `vmherd up` starts one"
+
+
+def _who_may_connect(path: Path) -> str:
+    try:
+        found = path.stat()
+        group = grp.getgrgid(found.st_gid).gr_name
+    except (OSError, KeyError):
+        return "ask its owner"
+    if not found.st_mode & stat.S_IWGRP:
+        return "only the user who started it may connect"
+    return f"only members of the group {group} may connect: `adduser NAME {group}` as root, then log in anew"

@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from tests.framework.fake_controller import FakeController
+from vmherd.cli.app import app
 from vmherd.cli.exit_codes import MEANINGS
+from vmherd.cli.serve import PROCESSES
 
 TIMEOUT_S = 30.0
 
@@ -30,6 +34,15 @@ def test_help_lists_the_commands_and_the_exit_codes() -> None:
         assert f" {word} " in done.stdout
     for code, meaning in MEANINGS.items():
         assert f"{code}  {meaning}" in done.stdout
+
+
+def test_every_command_has_its_help() -> None:
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        if name not in PROCESSES:
+            result = CliRunner().invoke(app, [name, "--help"], catch_exceptions=False)
+            assert result.exit_code == 0
+            assert f"Usage: vmherd {name}" in result.stdout
+            assert command.help
 
 
 def test_without_a_command_it_shows_the_help_and_fails() -> None:
@@ -97,7 +110,9 @@ def test_list_does_not_load_what_the_processes_need(rundir: Path, controller: Fa
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("module", ["typer", "pydantic", "sqlite3", "fastapi", "vmherd.image", "vmherd.client"])
+@pytest.mark.parametrize(
+    "module", ["typer", "pydantic", "fastapi", "vmherd.image", "vmherd.client", "vmherd.controller"]
+)
 def test_the_helper_does_not_load_what_it_does_not_need(tmp_path: Path, module: str) -> None:
     program = (
         "import sys; from vmherd.cli.main import main; import vmherd.qemu.app\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 from typer.testing import CliRunner
@@ -12,13 +13,15 @@ from vmherd.api.v1.controller_pb2 import (
     DeleteRequest,
     LaunchRequest,
     ListRequest,
+    Network,
     RestartRequest,
     StartRequest,
     StopRequest,
+    UpdateRequest,
     WaitRequest,
     WatchRequest,
 )
-from vmherd.api.v1.instance_pb2 import Exit, Hardware, Instance
+from vmherd.api.v1.instance_pb2 import Exit, Hardware, Instance, Nic, PortForward
 from vmherd.cli.app import app
 from vmherd.model.errors import DeadlineExceeded, FailedPrecondition, InternalError, Unavailable
 
@@ -47,6 +50,34 @@ def test_launch_sends_what_was_given_and_waits_for_an_address(cli: Cli, controll
         ["agent", "0.30", "s"],
         ["address", "0.40", "s"],
     ]
+
+
+def test_launch_plugs_in_what_was_given(cli: Cli, controller: FakeController) -> None:
+    result = cli(
+        *("launch", "web", "--network", "lan,mac=52:54:00:00:00:01,address=10.0.0.9", "--network", "user"),
+        *("--forward", "2222:22", "--autostart", "--no-wait"),
+    )
+    ssh = PortForward(protocol=PortForward.TCP, guest_port=22, host_port=2222)
+    assert controller.requests == [
+        LaunchRequest(
+            name="web",
+            start=True,
+            autostart=True,
+            nics=[
+                Nic(network="lan", mac="52:54:00:00:00:01", ipv4_address="10.0.0.9"),
+                Nic(network="user", forwards=[ssh]),
+            ],
+        )
+    ]
+    assert result.stdout == "web: running at 127.0.0.1:2222 → 22/tcp\n"
+
+
+@pytest.mark.parametrize(("options", "until"), [((), WaitRequest.ADDRESS), (("--network", "none"), WaitRequest.AGENT)])
+def test_who_has_no_network_is_ready_without_an_address(
+    cli: Cli, controller: FakeController, options: tuple[str, ...], until: int
+) -> None:
+    cli("launch", "web", *options)
+    assert controller.requests[-1].until == until  # type: ignore[attr-defined]
 
 
 def test_launch_leaves_the_hardware_to_the_image(cli: Cli, controller: FakeController) -> None:
@@ -139,6 +170,67 @@ def test_grace_is_sent_only_where_it_is_given(cli: Cli, controller: FakeControll
     assert not without.HasField("grace")
 
 
+def test_all_that_run_are_stopped(cli: Cli, controller: FakeController) -> None:
+    controller.page_size_max = 2
+    for name in ("a", "b", "c"):
+        controller.add(name)
+    controller.add("d", Instance.STOPPED)
+    controller.add("e", Instance.FAILED)
+    result = cli("stop", "--all")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "".join(f"{name}: stopped by the guest agent's shutdown\n" for name in "abc")
+    assert cli("stop", "--all").output == ""
+
+
+def test_what_has_not_stopped_within_the_budget_is_killed(cli: Cli, controller: FakeController) -> None:
+    for name in ("a", "b", "c"):
+        controller.add(name)
+    controller.ignores_shutdown = {"a", "c"}
+    result = cli("stop", "--all", "--timeout", "0.5")
+    assert result.exit_code == 6
+    assert result.stdout == "b: stopped by the guest agent's shutdown\n"
+    assert result.stderr == "".join(f"vmherd: {name} did not stop within 0.5 s and was killed\n" for name in "ac")
+    graces = [request.grace.ToTimedelta().total_seconds() for request in controller.requests if _is_gentle(request)]
+    assert graces == [0.5] * 3
+    assert {instance.state for instance in controller.instances.values()} == {Instance.STOPPED}
+
+
+def test_who_goes_down_meanwhile_is_no_failure_of_a_stop_of_all(cli: Cli, controller: FakeController) -> None:
+    controller.add("a")
+    controller.errors["StopRequest"] = FailedPrecondition("not now")
+    assert cli("stop", "--all").exit_code == 4  # it runs on
+    controller.errors.clear()
+    controller.ends_by_itself = {"a"}
+    result = cli("stop", "--all")
+    assert (result.exit_code, result.output) == (0, "a: stopped\n")
+    assert cli("stop", "a").exit_code == 4
+
+
+def test_force_needs_no_budget(cli: Cli, controller: FakeController) -> None:
+    controller.add("a")
+    controller.ignores_shutdown = {"a"}
+    result = cli("stop", "--all", "--force", "--timeout", "9")
+    assert (result.exit_code, result.stdout) == (0, "a: stopped by killing QEMU\n")
+
+
+def test_an_update_says_only_what_is_to_change(cli: Cli, controller: FakeController) -> None:
+    for name in ("a", "b"):
+        controller.add(name)
+    assert cli("update", "a", "b", "--autostart").stdout == "a: running\nb: running\n"
+    assert cli("update", "b", "--no-autostart").exit_code == 0
+    assert controller.requests[-1] == UpdateRequest(name="b", autostart=False)
+    assert [controller.instances[name].autostart for name in ("a", "b")] == [True, False]
+    assert "autostart" in cli("info", "a").stdout
+
+
+def test_the_networks_of_the_host(cli: Cli, controller: FakeController) -> None:
+    assert (cli("networks").exit_code, cli("networks").output) == (0, "")
+    controller.networks = [Network(name="default", bridge="vmherd0", subnet="10.20.30.0/24", gateway="10.20.30.1")]
+    _heading, line = cli("networks").stdout.splitlines()
+    assert line.split()[:4] == ["default", "vmherd0", "10.20.30.0/24", "10.20.30.1"]
+    assert json.loads(cli("networks", "--json").stdout)["networks"][0]["bridge"] == "vmherd0"
+
+
 def test_delete_says_nothing_when_it_worked(cli: Cli, controller: FakeController) -> None:
     controller.add("a", Instance.STOPPED)
     result = cli("delete", "a")
@@ -217,6 +309,21 @@ def test_plan_prints_a_command_for_the_shell(cli: Cli, controller: FakeControlle
     assert controller.requests[0].launch.hardware == Hardware(cpus=2)  # type: ignore[attr-defined]
 
 
+def test_plan_shows_what_a_network_would_need(cli: Cli, controller: FakeController) -> None:
+    result = cli("plan", "web", "--network", "lan,address=10.0.0.9")
+    assert result.stdout.splitlines()[:9] == [
+        "# TCG, as measured",
+        "# networks:",
+        "#   lan, 10.0.0.9",
+        "# devices:",
+        "#   tap vm0 on br0",
+        "# rules:",
+        "#   chain port-vm0 {",
+        "#     drop",
+        "#   }",
+    ]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
@@ -256,6 +363,13 @@ def test_an_error_as_json_is_the_status(cli: Cli, controller: FakeController) ->
         (("wait", "a", "--timeout", "inf"), "--timeout"),
         (("wait", "a", "--timeout", "nan"), "--timeout"),
         (("stop", "a", "--grace", "-1"), "--grace"),
+        (("stop",), "name the instances to stop, or give --all"),
+        (("stop", "a", "--all"), "name the instances to stop, or give --all"),
+        (("stop", "--all", "--timeout", "-1"), "--timeout"),
+        (("update", "a"), "--autostart or --no-autostart"),
+        (("launch", "a", "--network", "mac=1"), "--network wants NAME"),
+        (("launch", "a", "--forward", "ssh"), "--forward wants [HOST_PORT:]GUEST_PORT[/udp], got 'ssh'"),
+        (("launch", "a", "--network", "lan", "--forward", "22"), "add `--network user`"),
         (("watch", "--from-revision", str(2**63)), "--from-revision"),
         (("stop", "a", "b", "--request-id", "x"), "--request-id stands for one request"),
         (("wait", "a", "--until", "lunch"), "lunch"),
@@ -299,18 +413,28 @@ def test_rundir_may_stand_behind_the_command_or_in_the_environment(rundir: Path,
     assert "a " in behind.stdout
 
 
-def test_names_are_completed(rundir: Path, controller: FakeController) -> None:
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("vmherd info we", ["web-1", "web-2"]),
+        ("vmherd stop d", ["db"]),
+        ("vmherd launch x --network ", ["default", "user", "none"]),
+        ("vmherd plan x --network u", ["user"]),
+    ],
+)
+def test_names_are_completed(rundir: Path, controller: FakeController, words: str, completed: list[str]) -> None:
     for name in ("web-1", "web-2", "db"):
         controller.add(name)
-    result = CliRunner().invoke(
-        app,
-        [],
-        prog_name="vmherd",
-        env={
-            "_VMHERD_COMPLETE": "complete_bash",
-            "COMP_WORDS": "vmherd info we",
-            "COMP_CWORD": "2",
-            "VMHERD_RUNDIR": str(rundir),
-        },
-    )
-    assert result.stdout.split() == ["web-1", "web-2"]
+    controller.networks = [Network(name="default", bridge="vmherd0")]
+    environment = {
+        "_VMHERD_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "VMHERD_RUNDIR": str(rundir),
+    }
+    result = CliRunner().invoke(app, [], prog_name="vmherd", env=environment)
+    assert result.stdout.split() == completed
+
+
+def _is_gentle(request: object) -> TypeGuard[StopRequest]:
+    return isinstance(request, StopRequest) and not request.force

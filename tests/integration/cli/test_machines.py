@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.framework.netns import needs_root, own_network
 from tests.integration.cli.conftest import END_TIMEOUT_S, Cli, started, welcome
 from vmherd.cli import traces
 from vmherd.model.layout import Herd
 
 DEMO_TIMEOUT_S = 100.0
+SAYS_HELLO = """
+nc -ll -p 7777 -e echo hello >/dev/null 2>&1 </dev/null &
+until netstat -ltn | grep -q :7777 && ip address | grep -q 10.0.2.15; do usleep 50000; done
+"""
 
 
 def qemus(herd: Herd) -> list[int]:
@@ -72,6 +79,62 @@ def test_the_commands_of_a_life(herd: Herd, cli: Cli) -> None:
         assert cli("stop", "web").exit_code == 4
         assert cli("delete", "web").exit_code == 0
         assert cli("info", "web").exit_code == 3
+
+
+@pytest.fixture
+def namespace() -> Iterator[None]:
+    with own_network():
+        yield
+
+
+@needs_root
+@pytest.mark.usefixtures("namespace")
+def test_a_network_and_a_forward(herd: Herd, cli: Cli) -> None:
+    herd.path.chmod(0o755)  # as `up` makes it: the network's DHCP server is another user
+    with started(herd, "--accelerator", "tcg", "--subnet", "10.77.0.0/24", "--stop-instances") as up:
+        text = welcome(up)
+        assert "network    default: 10.77.0.0/24, on bridge vmherd0" in text
+        match = re.search(r"vmherd0 stays; `(\S+) qemu --settings (\S+) --teardown`", text)
+        assert match
+        _heading, line = cli("networks").stdout.splitlines()
+        assert line.split()[:4] == ["default", "vmherd0", "10.77.0.0/24", "10.77.0.1"]
+
+        planned = cli("plan", "web", "--network", "default", "--forward", "22", "--network", "user")
+        assert planned.exit_code == 0, planned.stderr
+        assert "#   default, " in planned.stdout
+        assert "10.77.0.2" in planned.stdout
+        assert "# rules:" in planned.stdout
+        assert "user,id=net1,hostfwd=tcp:127.0.0.1:0-:22" in planned.stdout
+        assert {name for _, name in socket.if_nameindex()} == {"lo", "vmherd0"}
+
+        launched = cli("launch", "web", "--network", "default", "--network", "user", "--forward", "7777")
+        assert launched.exit_code == 0, launched.stderr
+        forward = re.search(r"127\.0\.0\.1:(\d+) → 7777/tcp", launched.stdout)
+        assert forward
+        assert cli("exec", "web", "--timeout", "60", "--", "sh", "-c", SAYS_HELLO).exit_code == 0
+        with socket.create_connection(("127.0.0.1", int(forward[1])), timeout=30) as connection:
+            assert connection.recv(100) == b"hello\n"
+        assert cli("exec", "web", "--", "ping", "-c", "1", "-W", "9", "10.77.0.1").exit_code == 0
+        assert re.search(r"networks +default, 52:\S+, 10\.77\.0\.2\s", cli("info", "web").stdout)
+        # One of the two may come later, from the guest or from the DHCP server.
+        told = re.compile(r"10\.77\.0\.2/24( on eth\d)?, 52:\S+ \((agent|lease)\)")
+        deadline_s = time.monotonic() + 60
+        while not told.search(shown := cli("info", "web").stdout):
+            assert time.monotonic() < deadline_s, shown
+            time.sleep(0.1)
+        refused = cli("launch", "web2", "--network", "defualt")
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert "defualt" in refused.stderr
+
+        assert cli("update", "web", "--autostart").exit_code == 0
+        assert "autostart" in cli("info", "web").stdout
+        stopped = cli("stop", "--all", "--timeout", "60")
+        assert (stopped.exit_code, stopped.stderr) == (0, "")
+        assert stopped.stdout == "web: stopped by the guest agent's shutdown\n"
+        assert cli("delete", "web").exit_code == 0
+    assert "vmherd0" in {name for _, name in socket.if_nameindex()}
+    subprocess.run([match[1], "qemu", "--settings", match[2], "--teardown"], check=True, timeout=END_TIMEOUT_S)
+    assert {name for _, name in socket.if_nameindex()} == {"lo"}
 
 
 @contextmanager

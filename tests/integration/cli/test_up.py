@@ -6,6 +6,7 @@ import fcntl
 import http.client
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.integration.cli.conftest import END_TIMEOUT_S, started, welcome
+from tests.integration.cli.conftest import END_TIMEOUT_S, Cli, started, welcome
 from vmherd.api.v1.controller_pb2 import ListRequest
 from vmherd.api.v1.controller_pb2_grpc import ControllerServiceStub
 from vmherd.cli import traces
@@ -76,7 +77,7 @@ def test_it_says_which_process_died_and_ends_the_others(herd: Herd, name: str) -
     assert 0 < len(tail) <= 10
     assert traces.processes(herd.path) == {}
     for left in herd.path.glob("*.sock*"):  # nobody can clean up after a SIGKILL; the next start does
-        left.unlink()
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def test_a_process_that_cannot_start_is_shown_with_the_reason(herd: Herd) -> None:
@@ -131,12 +132,20 @@ def test_a_stale_address_of_an_earlier_run_is_not_believed(herd: Herd) -> None:
         assert "127.0.0.1:1/" not in welcome(up)
 
 
-@pytest.mark.parametrize("option", ["--bridge=br0", "--subnet=10.0.0.0/24"])
-def test_networks_are_refused_until_there_are_some(herd: Herd, option: str) -> None:
+@pytest.mark.parametrize("option", ["--bridge=br/0", "--subnet=10.0.0.1/24"])
+def test_a_network_that_makes_no_sense_leaves_nothing_behind(herd: Herd, option: str) -> None:
     code, line = refused(herd, option)
     assert code == 2
-    assert line.startswith(f"vmherd: {option.partition('=')[0]}: networks other than user-mode do not exist yet")
-    assert not herd.settings.exists()
+    assert line.startswith(f"vmherd: {option.partition('=')[0]} must ")
+    assert list(herd.path.iterdir()) == []
+
+
+def test_a_network_without_root_names_what_to_do(cli: Cli, rundir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    result = cli("up", "--subnet", "10.20.30.0/24")
+    assert (result.exit_code, result.stdout) == (7, "")
+    assert result.stderr.startswith("vmherd: --subnet: only root can make networks; start it as root, or without")
+    assert list(rundir.iterdir()) == []
 
 
 def test_a_taken_port_is_refused_before_anything_starts(herd: Herd) -> None:

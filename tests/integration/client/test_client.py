@@ -13,7 +13,7 @@ from vmherd.api.v1.controller_pb2 import InfoRequest, LaunchRequest, WaitRequest
 from vmherd.client import Client
 from vmherd.model.errors import AlreadyExists, DeadlineExceeded, FieldViolation, InvalidArgument, NotFound, Unavailable
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture

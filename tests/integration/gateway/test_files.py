@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -353,7 +354,11 @@ async def test_a_client_that_does_not_read_is_not_read_for(gateway: str, guest: 
     """What lies between the guest and its reader is bounded by the sockets' buffers and gRPC's window."""
     guest.pieces, guest.sends_on = [PIECE], True
     host, port = gateway.split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # whatever size this host gives them
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
     writer.write(f"GET {FILES}?path=/f HTTP/1.1\r\nHost: {gateway}\r\n\r\n".encode())
     await reader.readuntil(b"\r\n\r\n")
     stalled = 0

@@ -13,7 +13,14 @@ from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks
 
 from tests.integration.gateway.peer import Peer
-from vmherd.api.v1.controller_pb2 import ListResponse, PlanResponse, WaitResponse, WatchResponse
+from vmherd.api.v1.controller_pb2 import (
+    ListNetworksResponse,
+    ListResponse,
+    Network,
+    PlanResponse,
+    WaitResponse,
+    WatchResponse,
+)
 from vmherd.api.v1.instance_pb2 import Instance
 
 pytestmark = pytest.mark.anyio
@@ -25,8 +32,11 @@ INSTANCE = Instance(name="web", state=Instance.RUNNING)
 async def test_requests_made_from_the_description(
     http: httpx.AsyncClient, gateway: str, peer: Peer, mode: schemathesis.GenerationMode
 ) -> None:
-    peer.answers = dict.fromkeys(("Launch", "Start", "Stop", "Info", "Restart", "Pause", "Resume"), INSTANCE) | {
+    peer.answers = dict.fromkeys(
+        ("Launch", "Start", "Stop", "Info", "Restart", "Pause", "Resume", "Update"), INSTANCE
+    ) | {
         "List": ListResponse(instances=[INSTANCE]),
+        "ListNetworks": ListNetworksResponse(networks=[Network(name="lan", bridge="br0")]),
         "Delete": Empty(),
         "Plan": PlanResponse(instance=INSTANCE),
         "Wait": peer.streaming(WaitResponse(instance=INSTANCE)),
@@ -35,7 +45,7 @@ async def test_requests_made_from_the_description(
     description = schemathesis.openapi.from_dict((await http.get("/openapi.json")).json())
     description.validate()
     operations = [it.ok() for it in description.include(tag="ControllerService").get_all_operations()]
-    assert len(operations) == 12
+    assert len(operations) == 14
     await asyncio.to_thread(lambda: [try_out(it, f"http://{gateway}", mode) for it in operations])
 
 

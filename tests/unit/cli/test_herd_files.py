@@ -10,11 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from vmherd.cli.herd_files import Flags, check_port, ignored_flags, own_directory, prepare, settings_file
-from vmherd.model.errors import FailedPrecondition, InvalidArgument
+from vmherd.cli.herd_files import (
+    Flags,
+    check_bridge_exists,
+    check_port,
+    ignored_flags,
+    own_directory,
+    prepare,
+    settings_file,
+)
+from vmherd.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from vmherd.model.layout import Herd
 
 NAMES = ("qemu", "controller", "gateway")
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 0)
 
 
 @pytest.fixture
@@ -48,7 +61,7 @@ def test_a_fresh_directory_gets_settings_and_a_token(herd: Herd, tmp_path: Path)
     assert found.controller.listen_tcp == ""
     assert mode(herd.token) == 0o600
     assert len(herd.token.read_text().strip()) == 43  # 256 bits in base64
-    assert (tmp_path / "state").is_dir()
+    assert mode(tmp_path / "state") == 0o700
 
 
 def test_flags_reach_the_settings(herd: Herd, tmp_path: Path) -> None:
@@ -58,6 +71,33 @@ def test_flags_reach_the_settings(herd: Herd, tmp_path: Path) -> None:
     assert controller["listen_tcp"] == "127.0.0.1:82"
     assert controller["token_file"] == str(herd.token)
     assert gateway["listen"] == "[::1]:81"
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    ("flags", "network"),
+    [
+        ({"subnet": "10.20.30.0/24"}, {"bridge": "vmherd0", "subnet": "10.20.30.0/24"}),
+        ({"subnet": "10.20.30.0/24", "bridge": "br7"}, {"bridge": "br7", "subnet": "10.20.30.0/24"}),
+        ({"bridge": "br7"}, {"bridge": "br7"}),
+    ],
+)
+def test_a_network_reaches_the_settings(flags: dict[str, str], network: dict[str, str], herd: Herd) -> None:
+    prepare(herd, herd.path / "state", Flags(**flags))
+    assert json.loads(settings_file(herd, "qemu").read_text())["networks"] == [{"name": "default"} | network]
+
+
+def test_there_is_no_network_unless_it_is_asked_for(herd: Herd) -> None:
+    prepare(herd, herd.path / "state", Flags())
+    assert "networks" not in json.loads(settings_file(herd, "qemu").read_text())
+
+
+@pytest.mark.parametrize("flags", [{"subnet": "10.20.30.0/24"}, {"bridge": "br7"}])
+def test_only_root_makes_networks(flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    [flag] = flags
+    with pytest.raises(PermissionDenied, match=f"--{flag}: only root .* start it as root, or without --{flag}"):
+        Flags(**flags)
 
 
 def test_what_is_there_is_kept_to_the_byte(herd: Herd, tmp_path: Path) -> None:
@@ -86,6 +126,20 @@ def test_a_flag_that_a_file_contradicts_is_told(herd: Herd, tmp_path: Path) -> N
     assert "qemu.json says auto" in accelerator
 
 
+@pytest.mark.usefixtures("as_root")
+def test_a_network_that_a_file_contradicts_is_told(herd: Herd) -> None:
+    flags = Flags(subnet="10.20.30.0/24", bridge="br7")
+    [bridge, subnet] = ignored_flags(herd, flags, prepare(herd, herd.path / "state", Flags()))
+    assert bridge.startswith(f"--bridge br7 has no effect: {herd.settings}/qemu.json says none;")
+    assert "--subnet 10.20.30.0/24 has no effect" in subnet
+    settings_file(herd, "qemu").unlink()
+    found = prepare(herd, herd.path / "state", flags)
+    assert list(ignored_flags(herd, flags, found)) == []
+    assert list(ignored_flags(herd, Flags(), found)) == []
+    [subnet] = ignored_flags(herd, Flags(subnet="10.9.0.0/24"), found)
+    assert "qemu.json says 10.20.30.0/24" in subnet
+
+
 def test_a_flag_that_says_the_same_is_not_told(herd: Herd, tmp_path: Path) -> None:
     flags = Flags(http="127.0.0.1:99", accelerator="auto")
     assert list(ignored_flags(herd, flags, prepare(herd, tmp_path / "state", flags))) == []
@@ -106,9 +160,16 @@ def test_settings_of_another_directory_are_refused(herd: Herd, tmp_path: Path) -
         ({"http": "8080"}, "--http must be HOST:PORT"),
         ({"http": ""}, "--http must be HOST:PORT"),
         ({"grpc": "127.0.0.1:x"}, "--grpc must have a port from 0 to 65535"),
+        ({"subnet": ""}, "--subnet must be an IPv4 subnet, for instance 10.20.30.0/24, is ''"),
+        ({"subnet": "10.20.30.1/24"}, "--subnet must be an IPv4 subnet"),
+        ({"subnet": "10.20.30.0"}, "--subnet must have from 16 to 29 bits, is 10.20.30.0/32"),
+        ({"subnet": "fd00::/64"}, "--subnet must be an IPv4 subnet"),
+        ({"bridge": ""}, "--bridge must have at most 15 letters"),
+        ({"bridge": "a-name-that-is-too-long"}, "--bridge must have at most 15 letters"),
+        ({"bridge": "br0;reboot"}, "--bridge must have at most 15 letters"),
     ],
 )
-def test_an_address_that_is_none_is_refused(flags: dict[str, str], problem: str) -> None:
+def test_a_value_that_makes_no_sense_is_refused(flags: dict[str, str], problem: str) -> None:
     with pytest.raises(InvalidArgument, match=problem):
         Flags(**flags)
 
@@ -198,3 +259,9 @@ def test_a_free_port_is_fine(address: str) -> None:
 def test_an_address_of_another_host_is_told() -> None:
     with pytest.raises(FailedPrecondition, match="Cannot assign requested address"):
         check_port("192.0.2.1:0", "--http")
+
+
+def test_a_bridge_that_is_not_there_is_told() -> None:
+    check_bridge_exists("lo")
+    with pytest.raises(FailedPrecondition, match="--bridge none0: there is no such bridge; make it, or add --subnet"):
+        check_bridge_exists("none0")

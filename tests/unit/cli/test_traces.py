@@ -50,6 +50,17 @@ def test_a_process_is_found_by_its_command_line(herd: Herd) -> None:
     assert traces.processes(herd.path) == {}
 
 
+def test_a_process_is_found_by_a_file_that_it_has_open(herd: Herd) -> None:
+    path = herd.path / "disk.raw"
+    with path.open("w") as file:
+        # Another name than the one on the command line, and none in the directory any more.
+        with subprocess.Popen(["sleep", "60"], stdin=file) as process:
+            path.unlink()
+            assert traces.processes(herd.path) == {process.pid: "sleep"}
+            process.kill()
+        assert traces.processes(herd.path) == {}  # our own does not count
+
+
 def test_a_process_of_a_directory_with_a_longer_name_is_not_ours(herd: Herd) -> None:
     with waiting(f"{herd.path}-other/none"):
         assert traces.processes(herd.path) == {}

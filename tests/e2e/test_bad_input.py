@@ -54,7 +54,7 @@ def launch_over_http(herd: HerdUnderTest, fields: dict[str, Any], http_code: int
 
 def launch_over_grpc(herd: HerdUnderTest, fields: dict[str, Any], _http_code: int) -> dict[str, Any]:
     with herd.client() as client, pytest.raises(VmherdError) as caught:
-        client.instances.Launch(json_format.ParseDict(fields, LaunchRequest()), timeout=10)
+        client.instances.Launch(json_format.ParseDict(fields, LaunchRequest()), timeout=60)
     return raised(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_launches_of_one_name_at_once_have_one_winner(herd: HerdUnderTest, count
         with herd.client() as client:
             together.wait(10)
             try:
-                launched = client.instances.Launch(LaunchRequest(name="twin", image="idle", start=start), timeout=30)
+                launched = client.instances.Launch(LaunchRequest(name="twin", image="idle", start=start), timeout=60)
             except VmherdError as error:
                 return raised(error)
             return json_format.MessageToDict(launched)
@@ -217,7 +217,7 @@ STATES = [
 def test_what_the_state_forbids(herd: HerdUnderTest, request_: Any, words: str) -> None:
     verb = type(request_).__name__.removesuffix("Request")
     with herd.client() as client, pytest.raises(VmherdError) as caught:
-        getattr(client.instances, verb)(request_, timeout=10)
+        getattr(client.instances, verb)(request_, timeout=60)
     told(raised(caught.value), "FAILED_PRECONDITION", "ILLEGAL_STATE", f"cannot {words}")
     path = f"/v1/instances/{request_.name}"
     fields = json_format.MessageToDict(request_)
@@ -284,10 +284,10 @@ def test_what_only_grpc_lets_pass(herd: HerdUnderTest) -> None:
     nonsense: Any = 99
     with herd.client() as client:
         with pytest.raises(VmherdError) as caught:
-            list(client.instances.Wait(WaitRequest(name="running", until=nonsense), timeout=10))
+            list(client.instances.Wait(WaitRequest(name="running", until=nonsense), timeout=60))
         told(raised(caught.value), "INVALID_ARGUMENT", "INVALID_ARGUMENT", "until", "PROCESS, QMP, AGENT", "is 99")
         with pytest.raises(VmherdError) as caught:
-            client.instances.List(ListRequest(label_selector=["a"] * 100_000), timeout=10)
+            client.instances.List(ListRequest(label_selector=["a"] * 100_000), timeout=60)
         told(raised(caught.value), "INVALID_ARGUMENT", "INVALID_ARGUMENT", "at most 64")
 
 

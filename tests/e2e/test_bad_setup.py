@@ -171,6 +171,7 @@ def test_a_controller_without_a_helper_waits_and_says_so_once(herd: HerdUnderTes
     herd.start("controller")
     herd.eventually(lambda: herd.http.get("/readyz").status_code == 200)
     herd.eventually(lambda: lines(herd, "controller", "waiting for the helper") == said + 1)
+    herd.wait("idle", "QMP")  # QEMU itself can be asked, which the store is told
     before = herd.store_revision(), herd.fingerprint()
     for response in (
         herd.http.post("/v1/instances", json={"name": "web", "image": "idle"}),
@@ -183,7 +184,7 @@ def test_a_controller_without_a_helper_waits_and_says_so_once(herd: HerdUnderTes
         refused(response, 503, "UNAVAILABLE", "HELPER_UNREACHABLE", str(herd.files.qemu_socket), "is `vmherd qemu` run")
         assert response.headers["Retry-After"] == "1"
     fails(command(herd, "launch", "web"), 5, "the helper cannot be reached", "is `vmherd qemu` running?")
-    assert herd.info("idle")["state"] == "RUNNING"  # QEMU itself can be asked
+    assert herd.info("idle")["state"] == "RUNNING"
     assert (herd.store_revision(), herd.fingerprint()) == before
     assert lines(herd, "controller", "waiting for the helper") == said + 1
     herd.start("qemu")
@@ -243,6 +244,7 @@ def test_a_qemu_that_cannot_be_used(
     if program is not None:
         path.write_text(program)
         path.chmod(0o755)
+        short_dir.chmod(0o755)  # another user executes it, where the helper is root
     before = herd.store_revision(), herd.fingerprint()
     restart_helper(herd, qemu_binary=str(path))
     try:

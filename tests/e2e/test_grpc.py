@@ -23,7 +23,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.framework.gate import Gate
-from tests.framework.herd import HerdUnderTest
+from tests.framework.herd import AT_ONCE_S, HerdUnderTest
 from tests.framework.idle_kernel import idle_kernel
 from tests.framework.refusals import told
 from vmherd.api.v1.controller_pb2 import LaunchRequest, WatchResponse
@@ -35,7 +35,7 @@ CONTROLLER = "vmherd.api.v1.ControllerService"
 GUEST = "vmherd.api.v1.GuestService"
 PROCESS = "vmherd.api.v1.ProcessService"
 FILE = "vmherd.api.v1.FileService"
-CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def herd(shared_herd: HerdUnderTest) -> HerdUnderTest:
 
 
 @pytest.fixture(scope="module")
-def gate(herd: HerdUnderTest, tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    return Gate(herd, tmp_path_factory.mktemp("gate"))
+def gate(herd: HerdUnderTest) -> Gate:
+    return Gate(herd)
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -205,12 +205,12 @@ def test_a_deadline_is_kept(channel: grpc.Channel, name: str, fields: dict[str, 
     started_s = time.monotonic()
     code, _ = error_of(partial(generic.call, CONTROLLER, name, fields, timeout=0.3))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert 0.25 < time.monotonic() - started_s < 3
+    assert 0.25 < time.monotonic() - started_s < AT_ONCE_S
 
 
 def test_a_deadline_over_http_is_kept(herd: HerdUnderTest) -> None:
-    response = herd.http.get("/v1/instances/idle/wait", headers={"Grpc-Timeout": "300m"})
-    assert response.elapsed.total_seconds() < 3
+    response = herd.http.get("/v1/instances/idle/wait", headers={"Grpc-Timeout": "2S"})
+    assert response.elapsed.total_seconds() < AT_ONCE_S
     last = json.loads(response.text.splitlines()[-1])
     told(last["error"], "DEADLINE_EXCEEDED", "GRPC_TIMEOUT", "time was up")
 
@@ -221,7 +221,7 @@ def test_a_launch_whose_caller_goes_away_is_carried_out(herd: HerdUnderTest, gat
         watch = Generic(channel).call(CONTROLLER, "Watch", {"name": "web"})
         assert next(watch).kind == WatchResponse.SYNCED
         launch = ControllerServiceStub(channel).Launch.future(
-            LaunchRequest(name="web", image="idle"), timeout=1 if how == "deadline" else CALL_TIMEOUT_S
+            LaunchRequest(name="web", image="idle"), timeout=5 if how == "deadline" else CALL_TIMEOUT_S
         )
         assert next(watch).instance.state == Instance.STARTING
         if how == "cancel":
@@ -245,7 +245,7 @@ def test_streams_end_when_the_controller_does(herd: HerdUnderTest) -> None:
         errors = [pool.submit(error_of, lambda stream=stream: stream) for stream in streams]
         started_s = time.monotonic()
         herd.end("controller")
-        assert time.monotonic() - started_s < 2
+        assert time.monotonic() - started_s < AT_ONCE_S
         *_, last = over_http
         statuses = [last["error"], *(error.result()[1] for error in errors)]
         assert {status["code"] for status in statuses} == {grpc.StatusCode.UNAVAILABLE.value[0]}

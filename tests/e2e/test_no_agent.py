@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -89,18 +88,16 @@ def test_an_agent_that_comes_dies_comes_back_and_hangs(herd: HerdUnderTest) -> N
     assert run(herd, "web", "echo", "hello").json()["stdout"] == "hello\n"
 
     # The agent is its command's parent.
-    killed = run(herd, "web", "sh", "-c", "kill -KILL $PPID")
-    assert killed.status_code in {503, 504}, killed.text
-    assert "outcome unknown" in killed.json()["message"]
+    with herd.agent_coming_back():
+        killed = run(herd, "web", "sh", "-c", "kill -KILL $PPID")
+        assert killed.status_code in {503, 504}, killed.text
+        assert "outcome unknown" in killed.json()["message"]
     herd.eventually(lambda: herd.http.get("/v1/instances/web/guest/ping").status_code == 200)
-    herd.wait("web", "AGENT")
 
-    started_s = time.monotonic()
     hung = run(herd, "web", "sh", "-c", "kill -STOP $PPID", timeout="1s")
     refused(hung, 504, "DEADLINE_EXCEEDED", hung.json()["details"][0]["reason"], "'web'", "outcome unknown")
     response = herd.http.get("/v1/instances/web/guest/ping", headers={"Grpc-Timeout": "500m"})
     refused(response, 504, "DEADLINE_EXCEEDED", "AGENT_UNRESPONSIVE", "'web'", "guest-ping", "nothing answers")
-    assert time.monotonic() - started_s < 10
     fails(command(herd, "exec", "web", "--timeout", "0.5", "true"), 6, "'web'")
     assert herd.info("web")["state"] == "RUNNING"
     assert herd.http.delete("/v1/instances/web", params={"force": True}).status_code == 200

@@ -67,7 +67,7 @@ def completed(herd_with_guest: HerdUnderTest) -> Callable[..., list[str]]:
             env=environment | {"COMP_CWORD": str(len(given) - 1)},
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=True,
         ).stdout.split()
 

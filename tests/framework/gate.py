@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from tests.framework.herd import HerdUnderTest
 
@@ -19,10 +18,13 @@ exec {qemu} "$@"
 class Gate:
     """Restarts the herd's helper with a QEMU that waits where the gate is closed."""
 
-    def __init__(self, herd: HerdUnderTest, directory: Path) -> None:
-        self._file = directory / "gate"
-        self._file.touch()
-        program = directory / "qemu"
+    def __init__(self, herd: HerdUnderTest) -> None:
+        # Below the herd's own directory, which goes with it and which machines' users can be let into.
+        herd.directory.chmod(0o711)
+        herd.files.settings.chmod(0o711)
+        self._file = herd.files.settings / "gate"
+        self._file.touch(0o644)
+        program = herd.files.settings / "qemu"
         program.write_text(QEMU_BEHIND_A_GATE.format(gate=self._file, qemu=shutil.which("qemu-system-x86_64")))
         program.chmod(0o755)
         herd.end("qemu")

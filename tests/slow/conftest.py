@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.framework.console import Console
 from tests.framework.debian_guest import debian
 from tests.framework.herd import HerdUnderTest
-from tests.slow.guest import Console, console_at
-from vmherd.model.layout import RunDirectory
 
 __all__ = ["debian"]
 
@@ -49,6 +48,5 @@ def second(debian: HerdUnderTest) -> Iterator[str]:
 @pytest.fixture
 def console(debian: HerdUnderTest) -> Iterator[Console]:
     """A shell in the guest that does not need its agent."""
-    run = RunDirectory(debian.directory).instance(debian.info()["uid"])
-    with console_at(run.console) as attached:
-        yield attached
+    with debian.at_console() as console:
+        yield console

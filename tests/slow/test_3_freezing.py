@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.framework.console import Console
 from tests.framework.debian_guest import TEST_TIMEOUT_S
 from tests.framework.herd import HerdUnderTest
 from tests.framework.refusals import refused
-from tests.slow.guest import Console
 
 pytestmark = [pytest.mark.timeout(TEST_TIMEOUT_S), pytest.mark.usefixtures("as_found")]
 
@@ -83,7 +83,7 @@ def test_a_mount_point_that_is_none_freezes_nothing(debian: HerdUnderTest) -> No
 
 
 def test_a_freeze_ends_when_its_time_is_over(debian: HerdUnderTest, console: Console) -> None:
-    freeze(debian, thawAfter="3s")
+    freeze(debian, thawAfter="15s")
     console.type(write("/var/tmp/waited"))
     console.hear("it waits")
     console.hear("it is through")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.framework.console import Console
 from tests.framework.debian_guest import TEST_TIMEOUT_S
 from tests.framework.herd import HerdUnderTest
 from tests.framework.refusals import refused
-from tests.slow.guest import Console, agent_coming_back
 
 pytestmark = [pytest.mark.timeout(TEST_TIMEOUT_S), pytest.mark.usefixtures("as_found")]
 
@@ -24,7 +24,7 @@ def systemctl(herd: HerdUnderTest, verb: str) -> None:
 def test_a_command_that_the_admin_disabled(debian: HerdUnderTest) -> None:
     before = debian.ask("GET", "web/guest/get-osinfo")
     debian.shell(f"printf '[general]\\nblacklist=guest-get-osinfo,guest-get-users\\n' >{SETTINGS}")
-    with agent_coming_back(debian):
+    with debian.agent_coming_back():
         systemctl(debian, "restart")
     try:
         response = debian.http.get(OSINFO)
@@ -34,7 +34,7 @@ def test_a_command_that_the_admin_disabled(debian: HerdUnderTest) -> None:
         assert disabled == {"guest-get-osinfo", "guest-get-users", "guest-get-devices"}
     finally:
         debian.shell(f"rm {SETTINGS}")
-        with agent_coming_back(debian):
+        with debian.agent_coming_back():
             systemctl(debian, "restart")
     # What was known of the earlier agent does not hold for this one.
     assert debian.ask("GET", "web/guest/get-osinfo") == before
@@ -43,7 +43,7 @@ def test_a_command_that_the_admin_disabled(debian: HerdUnderTest) -> None:
 def test_an_agent_that_is_stopped_and_started_again(debian: HerdUnderTest, console: Console) -> None:
     starter = ["systemd-run", "--quiet", "--path-property=PathExists=/tmp/start-agent"]
     debian.run(*starter, "sh", "-c", "rm /tmp/start-agent; systemctl start qemu-guest-agent")
-    with agent_coming_back(debian):
+    with debian.agent_coming_back():
         systemctl(debian, "stop")
         try:
             debian.eventually(lambda: debian.http.get(OSINFO).status_code == 503)
@@ -57,6 +57,6 @@ def test_an_agent_that_is_stopped_and_started_again(debian: HerdUnderTest, conso
 def test_an_agent_that_is_stopped_in_the_middle_of_a_call(debian: HerdUnderTest) -> None:
     """The command was already running when the agent went, so nobody knows what became of it."""
     script = "systemctl --no-block restart qemu-guest-agent; sleep 1000"
-    with agent_coming_back(debian):
+    with debian.agent_coming_back():
         response = debian.http.post("/v1/instances/web/run", json={"command": ["sh", "-c", script]})
     refused(response, 504, "DEADLINE_EXCEEDED", "COMMAND_UNFINISHED", "outcome unknown")

@@ -7,7 +7,6 @@ import pytest
 from tests.framework.debian_guest import TEST_TIMEOUT_S
 from tests.framework.herd import HerdUnderTest
 from tests.framework.refusals import refused
-from tests.slow.guest import agent_coming_back
 
 pytestmark = [pytest.mark.timeout(TEST_TIMEOUT_S), pytest.mark.usefixtures("as_found")]
 
@@ -22,7 +21,7 @@ def count_of(herd: HerdUnderTest, words: str) -> int:
 def test_a_guest_sleeps_until_it_is_woken(debian: HerdUnderTest) -> None:
     """QEMU 7.2 wakes a guest on q35 at once when it suspends itself a second time, so this is the only one to do it."""
     before = count_of(debian, "PM: suspend exit")
-    with agent_coming_back(debian):
+    with debian.agent_coming_back():
         assert debian.ask("POST", "web/guest/suspend-ram") == {}
         assert debian.info()["state"] == "SUSPENDED"
         refused(debian.http.get(PING), 400, "FAILED_PRECONDITION", "ILLEGAL_STATE", "SUSPENDED")
@@ -35,7 +34,7 @@ def test_a_guest_sleeps_until_it_is_woken(debian: HerdUnderTest) -> None:
 
 
 def test_a_guest_that_has_no_swap_to_save_its_memory_in(debian: HerdUnderTest) -> None:
-    with agent_coming_back(debian):
+    with debian.agent_coming_back():
         response = debian.http.post("/v1/instances/web/guest/suspend-disk", json={})
     refused(response, 409, "ABORTED", "AGENT_COMMAND_FAILED", "suspend")
     assert debian.info()["state"] == "RUNNING"

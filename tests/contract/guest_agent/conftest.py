@@ -16,6 +16,9 @@ import pytest
 
 from tests.framework.fake_agent import FakeAgent
 
+TIMEOUT_S = 60
+"""For what takes milliseconds where nothing else runs."""
+
 # The only commands that the real agent may run on the machine of whoever runs the tests.
 _HARMLESS = {
     "guest-ping",
@@ -76,7 +79,7 @@ class QemuGa:
         self._process = await asyncio.create_subprocess_exec(
             self._program, *arguments, "-b", ",".join(sorted(self._blocked)), stderr=asyncio.subprocess.DEVNULL
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(TIMEOUT_S):
             while not self._listens():
                 assert self._process.returncode is None, "qemu-ga ended instead of listening"
                 await asyncio.sleep(0.005)
@@ -93,7 +96,7 @@ class QemuGa:
         # A frozen agent ignores SIGTERM.
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(TIMEOUT_S):
             await self._process.wait()
 
     async def restart(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import pytest
 
-from tests.contract.guest_agent.conftest import Peer, QemuGa, StartPeer
+from tests.contract.guest_agent.conftest import TIMEOUT_S, Peer, QemuGa, StartPeer
 from tests.framework.fake_agent import FakeAgent, Held, never, value
 from vmherd.guest_agent import CommandDisabled, CommandFailed, CommandNotFound, GuestAgent, run
 from vmherd.guest_agent import requests as bounds
@@ -25,7 +25,9 @@ from vmherd.guest_agent.proxy import Proxy, listening
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_S = 10
+SHORT_S = 1.0
+"""For what is never answered: what is takes milliseconds where nothing else runs."""
+
 SYNC = b'\xff{"execute": "guest-sync-delimited", "arguments": {"id": 4711}}'
 
 
@@ -277,7 +279,7 @@ async def test_several_of_our_own_clients_share_one_agent(peer: Peer, shared: Pa
         with pytest.raises(CommandFailed, match="pid"):
             await agents[1].execute("guest-exec-status", {"pid": 999_999_999}, timeout_s=TIMEOUT_S)
         with pytest.raises(CommandDisabled) if isinstance(peer, QemuGa) else contextlib.nullcontext():
-            await agents[2].send("guest-shutdown", timeout_s=1)
+            await agents[2].send("guest-shutdown", timeout_s=TIMEOUT_S)
 
 
 async def test_socat_hears_its_reply_though_it_sends_no_more(shared: Path) -> None:
@@ -319,7 +321,7 @@ async def test_a_silent_call_ends_with_an_error_and_its_late_reply_reaches_nobod
     fake: FakeAgent, connect: Connect, share: Share
 ) -> None:
     held = fake.answers["guest-get-osinfo"] = Held()
-    shared = await share(fake.path, timeout_s=0.2)
+    shared = await share(fake.path, timeout_s=SHORT_S)
     client = await connect(shared)
     late = await client.ask("guest-get-osinfo", id=[1])
     assert late["id"] == [1]
@@ -337,7 +339,7 @@ async def test_a_command_without_success_reply_gets_none(
     fake: FakeAgent, connect: Connect, share: Share, command: str
 ) -> None:
     fake.answers[command] = never
-    client = await connect(await share(fake.path, timeout_s=0.2))
+    client = await connect(await share(fake.path, timeout_s=SHORT_S))
     client.send(b'{"execute": "%b", "id": 1}{"execute": "guest-nope\\udc00", "id": 2}' % command.encode())
     reply = json.loads(await client.line())
     assert reply["id"] == 2
@@ -384,7 +386,7 @@ async def test_a_client_that_does_not_read_delays_nobody_and_is_dropped(
     fake: FakeAgent, connect: Connect, share: Share
 ) -> None:
     fake.answers["guest-get-osinfo"] = value("x" * (2 << 20))
-    shared = await share(fake.path, timeout_s=0.5)
+    shared = await share(fake.path, timeout_s=SHORT_S)
     other = await connect(shared)
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.setblocking(False)

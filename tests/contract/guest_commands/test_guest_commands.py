@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from tests.contract.guest_agent.conftest import QemuGa
+from tests.contract.guest_agent.conftest import TIMEOUT_S, QemuGa
 from vmherd.api.v1 import guest_pb2 as pb
 from vmherd.controller.agent_json import arguments_of, fill
 from vmherd.controller.guest import COMMANDS, SERVICE
@@ -30,7 +30,6 @@ from vmherd.guest_agent.wire import MAX_FILE_READ_BYTES
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_S = 10
 HARMFUL = {
     "Shutdown",
     "SetTime",
@@ -50,7 +49,6 @@ HARMLESS = {command for rpc, command in COMMANDS.items() if rpc not in HARMFUL}
 
 CPUS = Path("/sys/devices/system/cpu")
 MEMORY = Path("/sys/devices/system/memory")
-BLOCK_DEVICES = {path.name: path for path in Path("/sys/class/block").iterdir()}
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -61,6 +59,10 @@ def run(*command: str) -> str:
 
 def words(path: str) -> list[list[str]]:
     return [line.split() for line in Path(path).read_text().splitlines()]
+
+
+def block_devices() -> dict[str, Path]:
+    return {path.name: path for path in Path("/sys/class/block").iterdir()}
 
 
 def numbered(folder: Path, name: str) -> dict[int, Path]:
@@ -263,7 +265,7 @@ async def test_memory_blocks_are_this_host_s(ask: Ask) -> None:
 
 async def test_disks_are_this_host_s(ask: Ask) -> None:
     disks = {it.name: it for it in (await ask("GetDisks")).disks}
-    real = {f"/dev/{name}": path for name, path in BLOCK_DEVICES.items() if int((path / "size").read_text())}
+    real = {f"/dev/{name}": path for name, path in block_devices().items() if int((path / "size").read_text())}
     assert set(disks) == set(real)
     for name, disk in disks.items():
         assert disk.partition == (real[name] / "partition").exists()
@@ -283,7 +285,7 @@ async def test_file_systems_are_this_host_s(ask: Ask) -> None:
         used = (real.f_blocks - real.f_bfree) * real.f_frsize
         assert filesystem.used_bytes == pytest.approx(used, rel=0.05)
         assert filesystem.total_bytes == pytest.approx(used + real.f_bavail * real.f_frsize, rel=0.05)
-    on_disks = [device for device, *_ in mounts if device.removeprefix("/dev/") in BLOCK_DEVICES]
+    on_disks = [device for device, *_ in mounts if device.removeprefix("/dev/") in block_devices()]
     assert bool(filesystems) == bool(on_disks)
 
 

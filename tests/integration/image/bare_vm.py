@@ -15,10 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.framework.console import TIMEOUT_S, Console
 from vmherd.image.registry import KernelImage
-
-TIMEOUT_S = 60.0
-"""The guest answers in some 2 s; a busy machine with two cores may take much longer."""
 
 
 class BareVm:
@@ -27,17 +25,17 @@ class BareVm:
     def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
         self.process = process
         self.agent = _connect(directory / "agent", process)
-        self.console = _connect(directory / "console", process)
+        self.console = Console(_connect(directory / "console", process))
         self.qmp = _connect(directory / "qmp", process)
         self._agent_lines = self.agent.makefile("rb")
         self._qmp_lines = self.qmp.makefile("rb")
-        self.said = ""
+        self._closing = (self._agent_lines, self._qmp_lines, self.agent, self.console, self.qmp)
         json.loads(self._qmp_lines.readline())
         self.monitor("qmp_capabilities")
 
     def close(self) -> None:
         """Closes the connections."""
-        for closing in (self._agent_lines, self._qmp_lines, self.agent, self.console, self.qmp):
+        for closing in self._closing:
             closing.close()
 
     def ask(self, command: str, **arguments: Any) -> Any:
@@ -60,18 +58,6 @@ class BareVm:
             assert time.monotonic() < deadline, f"{script!r} does not end"
         assert status["exitcode"] == 0, status
         return base64.b64decode(status.get("out-data", "")).decode()
-
-    def expect(self, text: str) -> None:
-        """Waits until the console says something that it has not been asked about yet."""
-        while text not in self.said:
-            data = self.console.recv(4096)
-            assert data, f"the console ended before {text!r}: {self.said}"
-            self.said += data.decode(errors="replace")
-        self.said = self.said.partition(text)[2]
-
-    def type(self, line: str) -> None:
-        """Types a line at the console, which echoes it: what is expected afterwards must not be part of it."""
-        self.console.sendall(line.encode() + b"\n")
 
     def monitor(self, command: str, **arguments: Any) -> None:
         """Gives QEMU a command."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.image.bare_vm import TIMEOUT_S, BareVm, bare_vm
+from tests.framework.console import TIMEOUT_S
+from tests.integration.image.bare_vm import BareVm, bare_vm
 from vmherd.image.registry import KernelImage
 
 
@@ -39,7 +40,7 @@ def test_it_says_what_it_is(guest: BareVm, builtin_image: KernelImage) -> None:
 
 
 def test_it_gets_an_address(guest: BareVm) -> None:
-    guest.expect("vmherd: eth0 has the address 10.0.2.15/24")
+    guest.console.hear("vmherd: eth0 has the address 10.0.2.15/24")
     interfaces = {each["name"]: each for each in guest.ask("guest-network-get-interfaces")}
     assert interfaces["eth0"]["hardware-address"] == "52:54:00:12:34:56"
     v4 = [each for each in interfaces["eth0"]["ip-addresses"] if each["ip-address-type"] == "ipv4"]
@@ -72,9 +73,10 @@ def test_every_driver_is_loaded(guest: BareVm) -> None:
 
 
 def test_the_console_has_a_shell_that_knows_its_host(guest: BareVm) -> None:
-    guest.type("echo $((6 * 7)) from $(hostname)")
-    guest.expect("42 from web-1")
-    guest.expect("root@web-1:~# ")
+    guest.ask("guest-ping")  # what is typed before it has booted is lost
+    guest.console.type("echo $((6 * 7)) from $(hostname)")
+    guest.console.hear("42 from web-1")
+    guest.console.hear("root@web-1:~# ")
 
 
 def test_orphans_are_reaped(guest: BareVm) -> None:
@@ -84,8 +86,10 @@ def test_orphans_are_reaped(guest: BareVm) -> None:
 
 def test_an_agent_that_dies_comes_back(guest: BareVm) -> None:
     before = guest.run("pidof qemu-ga").strip()
-    guest.type("old=$(pidof qemu-ga); kill -9 $old; until new=$(pidof qemu-ga); do usleep 20000; done; echo $old-$new")
-    guest.expect(f"{before}-")
+    guest.console.type(
+        "old=$(pidof qemu-ga); kill -9 $old; until new=$(pidof qemu-ga); do usleep 20000; done; echo $old-$new"
+    )
+    guest.console.hear(f"{before}-")
     assert guest.run("pidof qemu-ga").strip() != before
 
 
@@ -98,7 +102,7 @@ def test_without_a_name_it_has_a_default(builtin_image: KernelImage) -> None:
     with bare_vm(builtin_image) as vm:
         assert vm.ask("guest-get-host-name") == {"host-name": "vmherd-guest"}
         vm.send("guest-shutdown")
-        vm.expect("vmherd: poweroff")
+        vm.console.hear("vmherd: poweroff")
         assert vm.event("SHUTDOWN") == {"guest": True, "reason": "guest-shutdown"}
         assert vm.process.wait(timeout=TIMEOUT_S) == 0
 
@@ -120,23 +124,23 @@ def test_halt_stops_it_without_switching_it_off(builtin_image: KernelImage) -> N
     with bare_vm(builtin_image) as vm:
         vm.ask("guest-ping")
         vm.send("guest-shutdown", mode="halt")
-        vm.expect("reboot: System halted")
+        vm.console.hear("reboot: System halted")
         assert vm.process.poll() is None
 
 
 def test_shutdown_lets_processes_finish_but_does_not_wait_for_ever(builtin_image: KernelImage) -> None:
     with bare_vm(builtin_image) as vm:
         vm.ask("guest-ping")
-        vm.expect("# ")
-        vm.console.sendall(
-            b"sh -c 'trap \"usleep 200000; echo clean >/dev/console; exit\" TERM; while :; do sleep 1; done' &\n"
+        vm.console.hear("# ")
+        vm.console.type(
+            "sh -c 'trap \"usleep 200000; echo clean >/dev/console; exit\" TERM; while :; do sleep 1; done' &"
         )
         tidy = "usleep 200000; echo $((6 * 7)) is tidy >/dev/console; exit"
         for trap in (tidy, ""):
-            vm.type(f"sh -c 'trap \"{trap}\" TERM; echo $((6 * 7)) runs; while :; do usleep 100000; done' &")
-            vm.expect("42 runs")
+            vm.console.type(f"sh -c 'trap \"{trap}\" TERM; echo $((6 * 7)) runs; while :; do usleep 100000; done' &")
+            vm.console.hear("42 runs")
         vm.send("guest-shutdown")
-        vm.expect("42 is tidy")
+        vm.console.hear("42 is tidy")
         assert vm.process.wait(timeout=TIMEOUT_S) == 0
 
 
@@ -144,6 +148,6 @@ def test_it_asks_for_an_address_until_it_gets_one(builtin_image: KernelImage) ->
     with bare_vm(builtin_image, paused=True) as vm:
         vm.monitor("set_link", name="net0", up=False)
         vm.monitor("cont")
-        vm.expect("vmherd: no DHCP server answers on eth0; trying again")
+        vm.console.hear("vmherd: no DHCP server answers on eth0; trying again")
         vm.monitor("set_link", name="net0", up=True)
-        vm.expect("vmherd: eth0 has the address 10.0.2.15/24")
+        vm.console.hear("vmherd: eth0 has the address 10.0.2.15/24")

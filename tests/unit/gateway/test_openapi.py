@@ -85,6 +85,18 @@ def test_the_body_leaves_out_what_the_path_gives(document: dict[str, Any]) -> No
     assert "requestBody" not in document["paths"]["/v1/instances/{name}"]["delete"]
 
 
+def test_networks_are_described(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    launch = document["paths"]["/v1/instances"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert launch["properties"]["nics"]["items"] == {"$ref": "#/components/schemas/Nic"}
+    assert set(schemas["Nic"]["properties"]) == {"network", "mac", "ipv4Address", "ipv6Address", "forwards"}
+    assert schemas["PortForward.Protocol"]["enum"] == ["PROTOCOL_UNSPECIFIED", "TCP", "UDP"]
+    assert "LEASE" in schemas["Address.Source"]["enum"]
+    update = document["paths"]["/v1/instances/{name}"]["patch"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(update["properties"]) == {"autostart"}
+    assert "get" in document["paths"]["/v1/networks"]
+
+
 def test_query_parameters(document: dict[str, Any]) -> None:
     parameters = document["paths"]["/v1/instances"]["get"]["parameters"]
     by_name = {it["name"]: it for it in parameters if "name" in it}

@@ -255,7 +255,7 @@ def as_query(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=NAMES.filter(bool), value=st.fixed_dictionaries({}, optional=IN_BODIES))
 def test_path_and_body_carry_any_message(
     zoo: Api, zoo_bindings: dict[str, Binding], name: str, value: dict[str, Any]
@@ -267,7 +267,7 @@ def test_path_and_body_carry_any_message(
     assert got == message_of(zoo, {**value, "text": name})
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=st.fixed_dictionaries({}, optional=IN_URLS))
 def test_a_query_carries_any_message_of_scalars(
     zoo: Api, zoo_bindings: dict[str, Binding], value: dict[str, Any]
@@ -281,7 +281,7 @@ def test_a_query_carries_any_message_of_scalars(
     assert got == message_of(zoo, value)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=st.fixed_dictionaries({}, optional=IN_BODIES))
 def test_json_out_is_json_in(zoo: Api, value: dict[str, Any]) -> None:
     message = message_of(zoo, value)
@@ -290,7 +290,7 @@ def test_json_out_is_json_in(zoo: Api, value: dict[str, Any]) -> None:
     assert back == message
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     query=st.binary(max_size=64)
     | st.lists(st.tuples(st.sampled_from([*IN_BODIES]), NAMES)).map(urlencode).map(str.encode),

@@ -23,8 +23,9 @@ from vmherd.guest_agent import (
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_S = 10
-SHORT_S = 0.2
+TIMEOUT_S = 60
+SHORT_S = 1.0
+"""For what is never answered: what is takes milliseconds where nothing else runs."""
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ async def test_a_request_that_the_agent_cannot_parse(agent: GuestAgent, fake: Fa
 async def test_a_refusal_is_certain_where_its_reason_is_not(agent: GuestAgent, fake: FakeAgent, info: Answer) -> None:
     fake.answers["guest-info"] = info
     with pytest.raises(CommandUnavailable, match="guest-make-coffee has not been found") as caught:
-        await agent.execute("guest-make-coffee", timeout_s=0.5)
+        await agent.execute("guest-make-coffee", timeout_s=SHORT_S)
     assert type(caught.value) is CommandUnavailable
     assert not caught.value.outcome_unknown
 

@@ -24,8 +24,9 @@ from vmherd.guest_agent.programs import complete, pauses
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_S = 10
-SHORT_S = 0.2
+TIMEOUT_S = 60
+SHORT_S = 1.0
+"""For what is never answered: what is takes milliseconds where nothing else runs."""
 
 
 @pytest.mark.parametrize("argv", [[], "echo hello"])
@@ -203,7 +204,7 @@ async def test_what_is_left_for_after_a_thaw_ends_with_the_agent(fake: FakeAgent
 async def test_a_program_of_ours_that_does_not_end(agent: GuestAgent, fake: FakeAgent) -> None:
     fake.answers["guest-exec"] = value({"pid": 42})
     fake.answers["guest-exec-status"] = value({"exited": False})
-    with pytest.raises(CommandUnfinished, match=r"process 42 \(rm\) did not end within 0\.2 s"):
+    with pytest.raises(CommandUnfinished, match=r"process 42 \(rm\) did not end within 1 s"):
         await complete(agent, ["rm"], timeout_s=SHORT_S)
 
 

@@ -121,7 +121,7 @@ def test_what_a_killed_build_left_behind_is_removed_and_never_used(builder: Buil
 
 def test_two_builds_at_once_build_once(builder: Builder, images: Path, cache: Path) -> None:
     other_waits = threading.Event()
-    builder.before_the_end = lambda: other_waits.wait(timeout=10)
+    builder.before_the_end = lambda: other_waits.wait(timeout=60)
 
     def second() -> Path:
         other_waits.set()
@@ -129,7 +129,7 @@ def test_two_builds_at_once_build_once(builder: Builder, images: Path, cache: Pa
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         first = pool.submit(build_builtin, images, cache_dir=cache)
-        assert pool.submit(second).result(timeout=10) == first.result(timeout=10).kernel
+        assert pool.submit(second).result(timeout=60) == first.result(timeout=60).kernel
     assert builder.builds == 1
 
 

@@ -82,7 +82,7 @@ def test_without_zstd_it_names_the_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_zstd() -> None:
-    compressed = subprocess.run(["zstd", "-c"], input=CONTENT, capture_output=True, check=True, timeout=10).stdout
+    compressed = subprocess.run(["zstd", "-c"], input=CONTENT, capture_output=True, check=True, timeout=60).stdout
     assert decompress(compressed, "it") == CONTENT
     with pytest.raises(BuildFailed, match="cannot decompress it: "):
         decompress(compressed[:-9], "it")

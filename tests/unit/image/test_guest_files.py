@@ -13,7 +13,7 @@ SCRIPTS = sorted(path for path in GUEST.rglob("*") if path.is_file() and path.re
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(GUEST)))
 def test_a_script_is_well_formed(script: Path) -> None:
-    checked = subprocess.run(["sh", "-n", script], capture_output=True, text=True, timeout=10, check=False)
+    checked = subprocess.run(["sh", "-n", script], capture_output=True, text=True, timeout=60, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 

@@ -214,7 +214,7 @@ def test_the_shell_completes_what_this_agent_has(path: Path) -> None:
 
 
 def refused(cli: Cli, path: Path, *words: str) -> tuple[int, str]:
-    result = cli("agent", "--socket", str(path), "ping", "--timeout", "0.3", *words)
+    result = cli("agent", "--socket", str(path), "ping", "--timeout", "2", *words)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     return result.exit_code, result.stderr
@@ -438,7 +438,7 @@ def test_exec_shows_output_while_the_command_runs_and_passes_input(filer: Agent,
     [
         (["--", "sh", "-c", "kill -9 $$"], 137),
         (["/no/such/program"], 127),
-        (["--timeout", "0.2", "--", "sleep", "60"], 6),
+        (["--timeout", "2", "--", "sleep", "60"], 6),
     ],
 )
 def test_exec_ends_as_the_command_did(filer: Agent, words: list[str], code: int) -> None:

@@ -150,13 +150,19 @@ def test_an_interruption_waits_behind_little_input_that_the_command_does_not_tak
 ) -> None:
     controller.events = [output(b"on"), ended(143)]
     controller.takes_input = False
+
+    def told_bytes() -> int:
+        return sum(len(request.input) for request in controller.told)
+
     with running(rundir, "exec", "web", "--", "sleep", "60", stdin=subprocess.PIPE) as exec_:
         assert exec_.stdin
         assert exec_.stdout
         assert exec_.stdout.read(2) == b"on"
         os.set_blocking(exec_.stdin.fileno(), False)
-        while select.select([], [exec_.stdin], [], 1)[1]:
-            exec_.stdin.write(b"x" * 65_536)
+        # Full is what takes nothing for a while after it has passed on as much as it ever does.
+        while (room := select.select([], [exec_.stdin], [], 1)[1]) or told_bytes() < INPUT_AHEAD_MAX_BYTES:
+            if room:
+                exec_.stdin.write(b"x" * 65_536)
         exec_.send_signal(signal.SIGINT)
         assert exec_.wait(TIMEOUT_S) == 130
     *inputs, last = controller.told

@@ -78,7 +78,7 @@ async def test_an_orderly_end_ends_watches_and_leaves_machines(house: House) -> 
         with pytest.raises(grpc.aio.AioRpcError):
             await anext(news)
         assert await ending == 0
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < 30
     assert house.qemu_pids() == [process.pid]
     assert not house.listen.exists()
     await house.open()

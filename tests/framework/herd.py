@@ -256,7 +256,6 @@ def herd_under_test(image: KernelImage, *networks: dict[str, Any]) -> Iterator[H
     directory = Path(tempfile.mkdtemp(prefix="vmherd-"))
     herd = HerdUnderTest(directory, image)
     if networks:
-        directory.chmod(0o755)  # their DHCP servers, which are other users', read files in it
         herd.settings("qemu", networks=networks)
     try:
         herd.start()

@@ -114,12 +114,12 @@ def story(api: Api, tell: Teller) -> None:
     instance = api.call("POST", "/v1/instances", {"name": NAME, "labels": {"purpose": "demo"}})
     tell.step("launch", f"{instance['name']} from image {instance['image']}: {instance['state']}")
 
-    seen = 0
+    seen: set[str] = set()
     for change in api.stream(f"{path}/wait?until=ADDRESS&timeout=60s"):
         steps = change["instance"]["readiness"]["steps"]
-        for step in steps[seen:]:
+        for step in (step for step in steps if step["rung"] not in seen):
             tell.step("" if seen else "ready", f"{step['rung'].lower():<8} {float(step['elapsed'].rstrip('s')):6.2f} s")
-            seen += 1
+            seen.add(step["rung"])
 
     system = api.call("GET", f"{path}/guest/get-osinfo")
     interfaces = api.call("GET", f"{path}/guest/network-get-interfaces")["interfaces"]

@@ -9,8 +9,8 @@ import secrets
 import socket
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from ipaddress import IPv4Network
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToJson
@@ -26,6 +26,7 @@ from vmherd.rpc.serving import check_socket_path
 DEFAULT_HTTP = "127.0.0.1:8080"
 DEFAULT_NETWORK = "default"
 DEFAULT_BRIDGE = "vmherd0"
+EXAMPLE_SUBNET = IPv4Network("10.20.30.0/24")
 TOKEN_BYTES = 32
 
 
@@ -39,10 +40,17 @@ def check_subnet(text: str) -> Iterator[str]:
     try:
         subnet = IPv4Network(text)
     except ValueError:
-        yield f"must be an IPv4 subnet, for instance 10.20.30.0/24, is {text!r}"
+        yield f"must be an IPv4 subnet, for instance {_meant_subnet(text)}, is {text!r}"
     else:
         network = network_model.Network(DEFAULT_NETWORK, DEFAULT_BRIDGE, subnet)
         yield from (violation.description for violation in check_network(network, ""))
+
+
+def _meant_subnet(text: str) -> IPv4Network:
+    try:
+        return IPv4Interface(text).network  # of one of its addresses
+    except ValueError:
+        return EXAMPLE_SUBNET
 
 
 @dataclass(frozen=True)
@@ -135,29 +143,20 @@ def fresh_settings(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
     )
 
 
-def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
-    """Makes what is missing and keeps what is there; gives the settings as they are in the files.
+def settings_in(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
+    """The settings as they are in the files, and fresh ones in place of those that are missing; writes nothing.
 
     Raises:
         InvalidArgument: a settings file makes no sense.
-        FailedPrecondition: the run directory cannot be used, or a settings file leads out of it.
+        FailedPrecondition: the settings' directory cannot be used, or a file in it leads out of the run directory.
     """
     fresh = fresh_settings(herd, state_dir, flags)
     try:
-        for directory in (herd.settings, herd.logs):
-            directory.mkdir(exist_ok=True)
-        _make_token(herd.token)
-        for name, settings in vars(fresh).items():
-            _write_new(
-                settings_file(herd, name), MessageToJson(settings, preserving_proto_field_name=True) + "\n", 0o644
-            )
+        there = {name: path for name in vars(fresh) if (path := settings_file(herd, name)).exists()}
     except OSError as error:
         raise _unusable(herd.path, error) from error
-    found = HerdSettings(
-        qemu=load_settings(settings_file(herd, "qemu"), QemuSettings),
-        controller=load_settings(settings_file(herd, "controller"), ControllerSettings),
-        gateway=load_settings(settings_file(herd, "gateway"), GatewaySettings),
-    )
+    read = {name: load_settings(path, type(getattr(fresh, name))) for name, path in there.items()}
+    found = replace(fresh, **read)
     for name, field in OURS:
         is_, must = (getattr(getattr(settings, name), field) for settings in (found, fresh))
         if is_ != must:
@@ -166,6 +165,27 @@ def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
                 "correct it, or remove the file to have it written anew",
                 reason="SETTINGS_OF_ANOTHER_DIRECTORY",
             )
+    return found
+
+
+def prepare(herd: Herd, state_dir: Path, flags: Flags) -> HerdSettings:
+    """Makes what is missing and keeps what is there; gives the settings as they are in the files.
+
+    Raises:
+        InvalidArgument: a settings file makes no sense.
+        FailedPrecondition: the run directory cannot be used, or a settings file leads out of it.
+    """
+    found = settings_in(herd, state_dir, flags)
+    try:
+        for directory in (herd.settings, herd.logs):
+            directory.mkdir(exist_ok=True)
+        _make_token(herd.token)
+        for name, settings in vars(found).items():
+            _write_new(
+                settings_file(herd, name), MessageToJson(settings, preserving_proto_field_name=True) + "\n", 0o644
+            )
+    except OSError as error:
+        raise _unusable(herd.path, error) from error
     for directory in {Path(found.qemu.state_dir), Path(found.controller.state_dir)}:
         try:
             _make_directory(directory, 0o700)
@@ -225,12 +245,34 @@ def own_directory(path: Path) -> Iterator[None]:
         yield
 
 
-def check_port(address: str, flag: str) -> None:
-    """Refuses an address that cannot be listened on, before anything is started.
+def check_usable(herd: Herd, settings: HerdSettings) -> None:
+    """Refuses ports and bridges that cannot be used, before anything is written or started.
 
     Raises:
-        FailedPrecondition: the port is taken, or the host is none of this machine's.
+        FailedPrecondition: a port is taken, its host is none of this machine's, or a bridge is not there.
     """
+    for name, flag, address in (
+        ("gateway", "--http", settings.gateway.listen),
+        ("controller", "--grpc", settings.controller.listen_tcp),
+    ):
+        if address:
+            _check_port(address, _where(herd, name, flag))
+    for network in settings.qemu.networks:
+        if not network.subnet and network.bridge not in {name for _, name in socket.if_nameindex()}:
+            raise FailedPrecondition(
+                f"there is no bridge {network.bridge}; make it, or choose another {_where(herd, 'qemu', '--bridge')}; "
+                "vmherd makes it where it has a subnet",
+                reason="NO_BRIDGE",
+            )
+
+
+def _where(herd: Herd, name: str, flag: str) -> str:
+    """Where a setting is changed: a flag is heard where there is no file yet."""
+    path = settings_file(herd, name)
+    return f"in {path}" if path.exists() else f"with {flag}"
+
+
+def _check_port(address: str, where: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         family, kind, protocol, _, sockaddr = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[
@@ -241,21 +283,7 @@ def check_port(address: str, flag: str) -> None:
             probe.bind(sockaddr)
     except OSError as error:
         raise FailedPrecondition(
-            f"cannot listen on {address}: {error.strerror}; choose another address with {flag}", reason="PORT_TAKEN"
-        ) from error
-
-
-def check_bridge_exists(name: str) -> None:
-    """Refuses a bridge that is somebody else's and not there, before anything is started.
-
-    Raises:
-        FailedPrecondition: there is no such interface.
-    """
-    try:
-        socket.if_nametoindex(name)
-    except OSError as error:
-        raise FailedPrecondition(
-            f"--bridge {name}: there is no such bridge; make it, or add --subnet to have one made", reason="NO_BRIDGE"
+            f"cannot listen on {address}: {error.strerror}; choose another address {where}", reason="PORT_TAKEN"
         ) from error
 
 

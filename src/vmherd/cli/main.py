@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
+from vmherd.cli.exit_codes import INTERRUPTED
 from vmherd.cli.serve import PROCESSES, serve
 
 
@@ -16,6 +17,8 @@ def main() -> None:
     name, *words = sys.argv[1:] or ("",)
     if name in PROCESSES:
         sys.exit(serve(name, words))
-    from vmherd.cli.app import app  # noqa: PLC0415  (the three processes need none of it)
-
+    try:
+        from vmherd.cli.app import app  # noqa: PLC0415  (the three processes need none of it)
+    except KeyboardInterrupt:  # it takes a second, and more on a busy machine
+        sys.exit(INTERRUPTED)
     app(prog_name="vmherd")

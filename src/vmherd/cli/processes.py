@@ -119,6 +119,8 @@ async def _start(herd: Herd, name: str, options: Sequence[str]) -> Child:
     try:
         log_start = os.fstat(log).st_size
         process = await asyncio.create_subprocess_exec(
+            # They also end where we are killed, or the next `up` would find the directory taken.
+            *("setpriv", "--pdeathsig", "TERM", "--"),
             # Without -P, `-m` would take modules from the directory in which we were started.
             *(sys.executable, "-P", "-m", "vmherd", name, "--settings", str(settings_file(herd, name)), *options),
             stdin=asyncio.subprocess.DEVNULL,

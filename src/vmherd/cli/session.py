@@ -28,6 +28,7 @@ RunDir = Annotated[
     typer.Option(
         "--rundir",
         metavar="DIR",
+        readable=False,  # who may connect to a socket in it need not be able to list it
         help="The run directory. Default: $VMHERD_RUNDIR, or the first of the usual ones with a controller in it.",
     ),
 ]

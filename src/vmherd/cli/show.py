@@ -142,7 +142,8 @@ def follow(answers: Iterable[WaitResponse], console: Console) -> Instance:
                 instance = answer.instance
         return instance
     for answer in answers:
-        for step in answer.instance.readiness.steps[len(instance.readiness.steps) :]:
+        known = {step.rung for step in instance.readiness.steps}
+        for step in (step for step in answer.instance.readiness.steps if step.rung not in known):
             console.print(f"{rung_name(step.rung):<8} {_seconds(step)}")
         instance = answer.instance
     return instance
@@ -173,7 +174,10 @@ def network_table(networks: Iterable[Network]) -> Table:
 
 
 def plan_text(plan: PlanResponse) -> str:
-    """What would be made, as comments, and the command line, one option a line, ready to be pasted into a shell."""
+    """What would be made, as comments, and the command line, one option a line and quoted as for a shell.
+
+    Its descriptors are the helper's, so a shell would not get far with it.
+    """
     lines: list[list[str]] = []
     for word in plan.argv:
         if not lines or word.startswith("-"):

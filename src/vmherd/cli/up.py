@@ -21,12 +21,12 @@ from vmherd.cli import show
 from vmherd.cli.herd_files import (
     Flags,
     HerdSettings,
-    check_bridge_exists,
-    check_port,
+    check_usable,
     ignored_flags,
     own_directory,
     prepare,
     settings_file,
+    settings_in,
 )
 from vmherd.cli.instances import STOP_TIMEOUT_S, is_active
 from vmherd.cli.processes import ProcessEnded, Processes, race, running
@@ -112,8 +112,6 @@ async def _up(herd: Herd, state_dir: Path, flags: Flags, *, stop_instances: bool
 
 async def _keep_up(herd: Herd, state_dir: Path, flags: Flags, *, stop_instances: bool) -> None:
     async with herd_up(herd, state_dir, flags) as (processes, settings):
-        for line in ignored_flags(herd, flags, settings):
-            print(f"vmherd: {line}", file=sys.stderr)
         instances = await asyncio.to_thread(_instances, herd)
         print(*_welcome(herd, processes, settings, instances), sep="\n", flush=True)
         try:
@@ -132,12 +130,11 @@ async def herd_up(herd: Herd, state_dir: Path, flags: Flags) -> AsyncIterator[tu
         VmherdError: what is wrong with the flags, the directory, a settings file or a process.
     """
     with own_directory(herd.path):
-        settings = prepare(herd, state_dir, flags)
-        if flags.bridge and not flags.subnet:
-            check_bridge_exists(flags.bridge)
-        check_port(settings.gateway.listen, "--http")
-        if settings.controller.listen_tcp:
-            check_port(settings.controller.listen_tcp, "--grpc")
+        settings = settings_in(herd, state_dir, flags)
+        for line in ignored_flags(herd, flags, settings):
+            print(f"vmherd: {line}", file=sys.stderr)
+        check_usable(herd, settings)
+        prepare(herd, state_dir, flags)
         await _build_builtin(StateDirectory(Path(settings.controller.state_dir)).images)
         async with running(herd) as processes:
             yield processes, settings

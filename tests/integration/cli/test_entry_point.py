@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.framework.fake_controller import FakeController
 from vmherd.cli.app import app
 from vmherd.cli.exit_codes import MEANINGS
+from vmherd.cli.main import main
 from vmherd.cli.serve import PROCESSES
 
 TIMEOUT_S = 30.0
@@ -121,3 +122,17 @@ def test_the_helper_does_not_load_what_it_does_not_need(tmp_path: Path, module: 
     )
     done = vmherd("qemu", "--settings", str(tmp_path / "none"), executable=("-c", program))
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+
+
+def test_ctrl_c_before_everything_is_loaded_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "vmherd.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "vmherd.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["vmherd", "list"])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 130

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TypeGuard
 
@@ -438,3 +439,11 @@ def test_names_are_completed(rundir: Path, controller: FakeController, words: st
 
 def _is_gentle(request: object) -> TypeGuard[StopRequest]:
     return isinstance(request, StopRequest) and not request.force
+
+
+@pytest.mark.usefixtures("controller")
+def test_a_directory_that_cannot_be_listed_has_a_socket_all_the_same(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK and access(path, mode))
+    result = cli("list")
+    assert (result.exit_code, result.stderr) == (0, "")

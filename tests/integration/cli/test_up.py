@@ -6,6 +6,7 @@ import fcntl
 import http.client
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -17,17 +18,24 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.framework.netns import needs_root, own_network
 from tests.integration.cli.conftest import END_TIMEOUT_S, Cli, started, welcome
 from vmherd.api.v1.controller_pb2 import ListRequest
 from vmherd.api.v1.controller_pb2_grpc import ControllerServiceStub
 from vmherd.cli import traces
-from vmherd.cli.herd_files import settings_file
+from vmherd.cli.herd_files import Flags, prepare, settings_file
 from vmherd.client import Client
 from vmherd.model.layout import Herd
 
 
 def refused(herd: Herd, *options: str) -> tuple[int, str]:
     """The exit code and the one line of an `up` that is not to start."""
+    code, (line,) = refused_at_length(herd, *options)
+    return code, line
+
+
+def refused_at_length(herd: Herd, *options: str) -> tuple[int, list[str]]:
+    """The exit code and the lines of an `up` that is not to start."""
     done = subprocess.run(
         [sys.executable, "-m", "vmherd", "up", "--rundir", str(herd.path), *options],
         capture_output=True,
@@ -36,8 +44,7 @@ def refused(herd: Herd, *options: str) -> tuple[int, str]:
         check=False,
     )
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    return done.returncode, line
+    return done.returncode, done.stderr.splitlines()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -78,6 +85,19 @@ def test_it_says_which_process_died_and_ends_the_others(herd: Herd, name: str) -
     assert traces.processes(herd.path) == {}
     for left in herd.path.glob("*.sock*"):  # nobody can clean up after a SIGKILL; the next start does
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def test_when_it_is_killed_the_three_end_and_the_next_one_starts(herd: Herd) -> None:
+    with started(herd) as up:
+        welcome(up)
+        descriptors = [os.pidfd_open(pid) for pid in traces.processes(herd.path)]
+        assert len(descriptors) == 3
+        up.kill()
+        for descriptor in descriptors:
+            assert select.select([descriptor], [], [], END_TIMEOUT_S)[0]
+            os.close(descriptor)
+    with started(herd) as up:  # and clears away what they may not have had the time for
+        welcome(up)
 
 
 def test_a_process_that_cannot_start_is_shown_with_the_reason(herd: Herd) -> None:
@@ -148,7 +168,18 @@ def test_a_network_without_root_names_what_to_do(cli: Cli, rundir: Path, monkeyp
     assert list(rundir.iterdir()) == []
 
 
-def test_a_taken_port_is_refused_before_anything_starts(herd: Herd) -> None:
+@needs_root
+@pytest.mark.usefixtures("builtin_image")
+def test_a_network_whose_server_cannot_reach_its_files_names_what_to_do(rundir: Path) -> None:
+    with own_network(), started(Herd(rundir / "run"), "--subnet", "10.77.0.0/24") as up:
+        assert up.wait(END_TIMEOUT_S) == 1
+        assert up.stderr
+        last = up.stderr.read().splitlines()[-1]
+    assert last.startswith("vmherd: dnsmasq, which is not root, cannot reach ")
+    assert f"`chmod o+x {rundir}`" in last
+
+
+def test_a_taken_port_is_refused_before_anything_is_written(herd: Herd) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -156,7 +187,19 @@ def test_a_taken_port_is_refused_before_anything_starts(herd: Herd) -> None:
         code, line = refused(herd, "--http", address)
     assert code == 4
     assert line == f"vmherd: cannot listen on {address}: Address already in use; choose another address with --http"
-    assert list(herd.logs.iterdir()) == []
+    assert list(herd.path.iterdir()) == []
+
+
+def test_a_flag_that_has_no_effect_is_told_before_what_the_settings_say_fails(herd: Herd) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        prepare(herd, herd.path / "state", Flags(http=address))
+        code, (ignored, failed) = refused_at_length(herd, "--http", "127.0.0.1:0")
+    assert code == 4
+    assert ignored.startswith("vmherd: --http 127.0.0.1:0 has no effect:")
+    assert failed.endswith(f"Address already in use; choose another address in {settings_file(herd, 'gateway')}")
 
 
 @pytest.mark.parametrize(

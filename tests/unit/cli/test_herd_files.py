@@ -12,12 +12,12 @@ import pytest
 
 from vmherd.cli.herd_files import (
     Flags,
-    check_bridge_exists,
-    check_port,
+    check_usable,
     ignored_flags,
     own_directory,
     prepare,
     settings_file,
+    settings_in,
 )
 from vmherd.model.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from vmherd.model.layout import Herd
@@ -161,7 +161,7 @@ def test_settings_of_another_directory_are_refused(herd: Herd, tmp_path: Path) -
         ({"http": ""}, "--http must be HOST:PORT"),
         ({"grpc": "127.0.0.1:x"}, "--grpc must have a port from 0 to 65535"),
         ({"subnet": ""}, "--subnet must be an IPv4 subnet, for instance 10.20.30.0/24, is ''"),
-        ({"subnet": "10.20.30.1/24"}, "--subnet must be an IPv4 subnet"),
+        ({"subnet": "10.9.0.1/24"}, "--subnet must be an IPv4 subnet, for instance 10.9.0.0/24, is '10.9.0.1/24'"),
         ({"subnet": "10.20.30.0"}, "--subnet must have from 16 to 29 bits, is 10.20.30.0/32"),
         ({"subnet": "fd00::/64"}, "--subnet must be an IPv4 subnet"),
         ({"bridge": ""}, "--bridge must have at most 15 letters"),
@@ -242,26 +242,43 @@ def test_a_directory_that_cannot_be_written_to_is_told(herd: Herd, tmp_path: Pat
         prepare(herd, tmp_path / "state", Flags())
 
 
-def test_a_taken_port_is_told() -> None:
+def usable(herd: Herd, **flags: str) -> None:
+    asked = Flags(**{"http": "127.0.0.1:0"} | flags)
+    check_usable(herd, settings_in(herd, herd.path / "state", asked))
+
+
+@pytest.mark.parametrize("flag", ["http", "grpc"])
+def test_a_taken_port_is_told_and_not_written_down(herd: Herd, flag: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(FailedPrecondition, match=f"cannot listen on {address}: Address already in use; .* --http"):
-            check_port(address, "--http")
+        told = f"cannot listen on {address}: Address already in use; choose another address with --{flag}"
+        with pytest.raises(FailedPrecondition, match=told):
+            usable(herd, **{flag: address})
+        assert list(herd.path.iterdir()) == []
+
+        prepare(herd, herd.path / "state", Flags(**{"http": "127.0.0.1:0"} | {flag: address}))
+        with pytest.raises(FailedPrecondition, match=rf"another address in {herd.settings}/(gateway|controller)\.json"):
+            usable(herd)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0"])
-def test_a_free_port_is_fine(address: str) -> None:
-    check_port(address, "--http")
+def test_a_free_port_is_fine(herd: Herd, address: str) -> None:
+    usable(herd, http=address)
 
 
-def test_an_address_of_another_host_is_told() -> None:
+def test_an_address_of_another_host_is_told(herd: Herd) -> None:
     with pytest.raises(FailedPrecondition, match="Cannot assign requested address"):
-        check_port("192.0.2.1:0", "--http")
+        usable(herd, http="192.0.2.1:0")
 
 
-def test_a_bridge_that_is_not_there_is_told() -> None:
-    check_bridge_exists("lo")
-    with pytest.raises(FailedPrecondition, match="--bridge none0: there is no such bridge; make it, or add --subnet"):
-        check_bridge_exists("none0")
+@pytest.mark.usefixtures("as_root")
+def test_a_bridge_that_is_not_there_is_told_and_not_written_down(herd: Herd) -> None:
+    usable(herd, bridge="none0", subnet="10.20.30.0/24")  # it will be made
+    with pytest.raises(FailedPrecondition, match="there is no bridge none0; make it, or choose another with --bridge"):
+        usable(herd, bridge="none0")
+    assert list(herd.path.iterdir()) == []
+    prepare(herd, herd.path / "state", Flags(bridge="none0"))
+    with pytest.raises(FailedPrecondition, match=r"choose another in \S+/qemu\.json"):
+        usable(herd)

@@ -197,6 +197,15 @@ def test_a_wait_is_followed_rung_by_rung_in_a_pipe() -> None:
     assert last == answers[-1].instance
 
 
+def test_an_address_that_comes_before_the_agent_is_followed_like_any_other_rung() -> None:
+    qmp, agent, address = step(Readiness.QMP, 110), step(Readiness.AGENT, 2340), step(Readiness.ADDRESS, 1500)
+    ladders = [[qmp], [qmp, address], [qmp, agent, address]]
+    answers = [WaitResponse(instance=Instance(name="a", readiness=Readiness(steps=steps))) for steps in ladders]
+    stream = io.StringIO()
+    show.follow(answers, show.open_console(stream))
+    assert stream.getvalue() == "qmp      0.11 s\naddress  1.50 s\nagent    2.34 s\n"
+
+
 def test_a_wait_is_followed_live_on_a_terminal() -> None:
     answers = [
         WaitResponse(

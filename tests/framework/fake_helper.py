@@ -22,11 +22,12 @@ class FakeHelper(qemu_pb2_grpc.QemuServiceServicer):
     def __init__(self) -> None:
         self.networks: list[qemu_pb2.Network] = []
         self.addresses: list[qemu_pb2.Address] = []
-        self.asked_for_addresses = 0
+        self.asked_for_addresses = asyncio.Semaphore(0)
+        """Released whenever somebody asks."""
         self.processes: list[qemu_pb2.Process] = []
         self.started: list[qemu_pb2.Machine] = []
         self.refusal: VmherdError | None = None
-        """What Start is answered with."""
+        """What Start and ListAddresses are answered with."""
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[qemu_pb2.WatchResponse]:  # noqa: N802
         for process in self.processes:
@@ -52,7 +53,9 @@ class FakeHelper(qemu_pb2_grpc.QemuServiceServicer):
         return Empty()
 
     async def ListAddresses(self, request: Any, context: Any) -> qemu_pb2.ListAddressesResponse:  # noqa: N802
-        self.asked_for_addresses += 1
+        self.asked_for_addresses.release()
+        if self.refusal:
+            raise self.refusal
         return qemu_pb2.ListAddressesResponse(addresses=self.addresses)
 
 

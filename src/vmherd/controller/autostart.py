@@ -29,9 +29,15 @@ STARTS_AT_ONCE = 4
 
 async def autostart(store: Store, supervisors: Collection[Supervisor]) -> None:
     """Starts the instances that want it and do not run, unless that was done since the host booted."""
-    boot_id = _boot_id()
+    try:
+        await _autostart(store, supervisors, _boot_id())
+    except (OSError, StoreError) as error:
+        _log.error("autostart is off until the controller starts again", error=str(error))
+
+
+async def _autostart(store: Store, supervisors: Collection[Supervisor], boot_id: str) -> None:
     done = await store.get(BOOT_KEY)
-    if done and done.value.decode() == boot_id:
+    if done and done.value == boot_id.encode():
         return
     wanted = [supervisor for supervisor in supervisors if supervisor.instance.autostart]
     if wanted:
@@ -55,7 +61,8 @@ async def _start(supervisor: Supervisor, boot_id: str, slots: asyncio.Semaphore)
     operation = Operation(uuid4().hex, Verb.START, (request_id,))
     request = Request(Verb.START, request_id, name, operation.id, time.time())
     async with slots:
-        if supervisor.deleted or not _at_rest(supervisor):
+        # Meanwhile it may have been started, deleted, or told to stay as it is.
+        if supervisor.deleted or not supervisor.instance.autostart or not _at_rest(supervisor):
             return
         try:
             error: Exception | None = requests.error_of(await supervisor.submit(operation, request))

@@ -20,8 +20,8 @@ from vmherd.model.instance import Address
 
 _log = structlog.get_logger()
 
-DELAYS_S = (0.2, 0.4, 0.4, 1.0, 1.0, 1.0, 2.0)
-"""Between looks while there is no address; the last one again and again."""
+DELAYS_S = (0.2, 0.4, 0.4, *[1.0] * 3, *[2.0] * 30, 10.0)
+"""Between looks while there is no address; the last one again and again, for who has none by now may never have one."""
 
 REFRESH_S = 30.0
 """Between looks once there is one."""

@@ -45,6 +45,10 @@ RETRY_DELAYS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 class Sink(Protocol):
     """Who wants to hear from QEMU."""
 
+    @property
+    def asks_usernet(self) -> bool:
+        """Whether QEMU is to be asked of its user-mode networks: its answer names every connection of the guest."""
+
     def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
         """QEMU answers; this is how it is. `usernet` is what it says of its user-mode networks, if that was asked."""
 
@@ -95,11 +99,10 @@ class _Client(QMPClient):
 class Monitor:
     """Keeps one QMP connection, the only one that its socket has room for."""
 
-    def __init__(self, socket: Path, name: str, sink: Sink, *, asks_usernet: bool = False) -> None:
+    def __init__(self, socket: Path, name: str, sink: Sink) -> None:
         self._socket = socket
         self._name = name
         self._sink = sink
-        self._asks_usernet = asks_usernet
         self._client: QMPClient | None = None
         self._down = asyncio.Event()
         self._down.set()
@@ -139,7 +142,7 @@ class Monitor:
             for chardev in (chardevs if isinstance(chardevs, list) else [])
         )
         usernet: object = ""
-        if self._asks_usernet:
+        if self._sink.asks_usernet:
             usernet = await client.execute("human-monitor-command", {"command-line": INFO_USERNET})
         self._client = client
         self._down.clear()

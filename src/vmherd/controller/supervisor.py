@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import structlog
@@ -28,6 +28,7 @@ from vmherd.controller.inbox import Inbox, Message
 from vmherd.controller.instance_record import InstanceRecord
 from vmherd.controller.monitor import Monitor
 from vmherd.controller.probe import Probe
+from vmherd.controller.qemu_events import meaning_of
 from vmherd.controller.records import Outcome, Request, encode_instance, instance_key
 from vmherd.controller.store import Put
 from vmherd.controller.tasks import cancelled, spawn
@@ -38,7 +39,6 @@ from vmherd.model import lifecycle
 from vmherd.model.errors import VmherdError, agent_out_of_reach, instance_not_found
 from vmherd.model.instance import Exit, Instance, Operation, StopStep, Verb, bound, started
 from vmherd.model.lifecycle import AGENT_STATES, Event, State
-from vmherd.model.machine import AGENT_PORT_ID
 from vmherd.model.readiness import Readiness, Rung
 
 _log = structlog.get_logger()
@@ -57,7 +57,7 @@ class Supervisor:
         self.ended = asyncio.Event()
         """Set while no QEMU process of the current generation can be alive."""
         self.stop_step: StopStep | None = None
-        self.monitor = Monitor(run.qmp, instance.name, self, asks_usernet=any(nic.forwards for nic in instance.nics))
+        self.monitor = Monitor(run.qmp, instance.name, self)
         self.happened: Counter[Happening] = Counter()
         """How often each of these has happened: who waits for the next one counts before, and misses none."""
         self._record = InstanceRecord(world.store, instance, revision)
@@ -170,6 +170,11 @@ class Supervisor:
 
     # What QEMU tells (`monitor.Sink`).
 
+    @property
+    def asks_usernet(self) -> bool:
+        """Whether nobody knows yet which ports of the host lead into the guest."""
+        return not all(nic.ports_known for nic in self.instance.nics)
+
     def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
         """QEMU answers; this is how it is."""
         self._from_qemu(lambda: self._on_qmp_up(found, usernet, agent_open=agent_open))
@@ -276,7 +281,8 @@ class Supervisor:
     async def _set_autostart(self, autostart: bool) -> None:
         if self.deleted:
             raise instance_not_found(self.instance.name)
-        await self._record.intend(replace(self.instance, autostart=autostart))
+        if autostart != self.instance.autostart:
+            await self._record.intend(replace(self.instance, autostart=autostart))
 
     async def _on_half_restarted(self) -> None:
         operation = self.instance.operation
@@ -356,53 +362,33 @@ class Supervisor:
 
     async def _on_qmp_up(self, found: Event, usernet: str, *, agent_open: bool) -> None:
         readiness = self._record.climbed(Rung.PROCESS, Rung.QMP)
-        nics = bound(self.instance.nics, bound_ports(usernet, self.instance.nics))
+        nics = self.instance.nics
+        if usernet:
+            nics = bound(nics, bound_ports(usernet, nics))
         await self._record.save(replace(self.instance, state=self._found(found), readiness=readiness, nics=nics))
-        if any(nic.forwards and not nic.bound_ports for nic in nics):
+        if self.asks_usernet:
             _log.warning("QEMU did not tell which ports it has bound", name=self.instance.name)
         self._host_probe.begin()
         await self._probe.set_port_open(agent_open)
         self._record.notify()
 
     async def _on_told(self, name: str, data: Mapping[str, object]) -> None:
-        if name in self._EVENTS:
-            await self._EVENTS[name](self, data)
+        meaning = meaning_of(name, data)
+        if meaning.agent_left:
+            await self._probe.set_port_open(False, meaning.agent_left)
+        if meaning.agent_came:
+            await self._probe.set_port_open(True)
+        if meaning.was_reset:
+            await self.freezer.forget()
+        self._shutdown_reason = meaning.shutdown_reason or self._shutdown_reason
+        if meaning.event:
+            await self._on_event(meaning.event)
         if happening := happening_of(name, data):
             self.happened[happening] += 1
             self._record.notify()
 
     async def _on_event(self, event: Event) -> None:
         await self._record.save(replace(self.instance, state=lifecycle.after(self.instance.state, event)))
-
-    async def _on_shutdown(self, data: Mapping[str, object]) -> None:
-        self._shutdown_reason = str(data.get("reason", "unknown"))
-        await self._on_event(Event.GUEST_SHUTDOWN)
-
-    async def _on_port(self, data: Mapping[str, object]) -> None:
-        if data.get("id") == AGENT_PORT_ID:
-            # Within a second QEMU tells only the last change: one that opens an open port hides that it was closed.
-            await self._probe.set_port_open(False, "its agent has left: it was stopped, or the guest goes down")
-            if data.get("open") is True:
-                await self._probe.set_port_open(True)
-
-    async def _on_suspend(self, _: Mapping[str, object]) -> None:
-        await self._probe.set_port_open(False, "the guest has suspended itself to memory")
-        await self._on_event(Event.SUSPEND)
-
-    async def _on_reset(self, _: Mapping[str, object]) -> None:
-        await self._probe.set_port_open(False, "the guest was reset, and its agent is not back yet")
-        await self.freezer.forget()
-
-    _EVENTS: Mapping[str, Callable[[Supervisor, Mapping[str, object]], Awaitable[None]]] = {
-        "STOP": lambda self, _: self._on_event(Event.PAUSE),
-        "RESUME": lambda self, _: self._on_event(Event.RESUME),
-        "SUSPEND": _on_suspend,
-        "WAKEUP": lambda self, _: self._on_event(Event.RESUME),
-        "SHUTDOWN": _on_shutdown,
-        "RESET": _on_reset,
-        "VSERPORT_CHANGE": _on_port,
-    }
-    """What QEMU's events mean. https://qemu-project.gitlab.io/qemu/interop/qemu-qmp-ref.html"""
 
     # Inside.
 

@@ -17,8 +17,10 @@ INFO_USERNET = "info usernet"
 # Hub -1 (net0):
 #   Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ
 #   TCP[HOST_FORWARD]  11       127.0.0.1 32999       10.0.2.15    22     0     0
-_NETWORK = re.compile(r"\S.* \(net(\d+)\):")
-_FORWARD = re.compile(r"  (TCP|UDP)\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{1,5}) +[\d.]+ +(\d{1,5}) +\d+ +\d+")
+_NETWORK = re.compile(r"\S.* \(net([0-9]{1,3})\):")
+_FORWARD = re.compile(
+    r"  (TCP|UDP)\[HOST_FORWARD\] +[0-9]+ +127\.0\.0\.1 +([0-9]{1,5}) +[0-9.]+ +([0-9]{1,5}) +[0-9]+ +[0-9]+"
+)
 
 
 def bound_ports(text: str, nics: Sequence[NetworkInterface]) -> list[tuple[int, ...]]:

@@ -63,6 +63,11 @@ class NetworkInterface:
         """Whether it is plugged into a network of the host."""
         return self.network != USER_NETWORK
 
+    @property
+    def ports_known(self) -> bool:
+        """Whether it is known for each forward which port of the host QEMU has bound."""
+        return len(self.bound_ports) == len(self.forwards)
+
 
 class Cause(StrEnum):
     """Why a QEMU process ended, or why there was none."""

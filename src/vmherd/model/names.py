@@ -40,11 +40,13 @@ def check_uid(uid: str, field: str = "uid") -> Iterator[FieldViolation]:
 
 
 def check_mac(mac: str, field: str = "mac") -> Iterator[FieldViolation]:
-    """A MAC address is a unicast one, in lower case with colons."""
+    """A MAC address is a unicast one, in lower case with colons, and not that of nobody."""
     if not _MAC.fullmatch(mac):
         yield FieldViolation(field, "must be a MAC address such as 52:54:00:12:34:56")
     elif int(mac[:2], 16) & 1:
         yield FieldViolation(field, "must be a unicast address, so its first byte must be even")
+    elif not any(bytes.fromhex(mac.replace(":", ""))):
+        yield FieldViolation(field, "must not be all zeros, for no network interface takes that")
 
 
 def check_labels(labels: Mapping[str, str], field: str = "labels") -> Iterator[FieldViolation]:

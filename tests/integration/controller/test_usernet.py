@@ -37,6 +37,7 @@ class Told:
 
     def __init__(self) -> None:
         self.usernet: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.asks_usernet = True
 
     def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
         self.usernet.set_result(usernet)
@@ -59,7 +60,7 @@ async def told() -> AsyncIterator[str]:
             *(word for netdev in NETDEVS for word in ("-netdev", netdev)),
             stderr=asyncio.subprocess.DEVNULL,  # that no device uses these networks
         )
-        running = asyncio.create_task(Monitor(path, "web", told, asks_usernet=True).run())
+        running = asyncio.create_task(Monitor(path, "web", told).run())
         try:
             async with asyncio.timeout(DEADLINE_S):
                 yield await told.usernet

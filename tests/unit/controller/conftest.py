@@ -15,6 +15,7 @@ import pytest
 from tests.framework.fake_agent import FakeAgent
 from tests.framework.fake_qmp import FakeQmp, event
 from vmherd.controller.helper import Helper, Process
+from vmherd.controller.herd import Herd
 from vmherd.controller.store import SqliteStore
 from vmherd.controller.supervisor import Supervisor
 from vmherd.controller.tasks import cancelled
@@ -37,6 +38,20 @@ ENDED = replace(ALIVE, ended_at_s=2.0, exit_code=0)
 AGENT_OPENS = event("VSERPORT_CHANGE", id="agent0", open=True)
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """One event loop for all tests that ask for it to be kept."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def kept_loop() -> None:
+    """Keeps the event loop open.
+
+    Of the end of a call gRPC learns late. If the call's loop is closed by then, that is an error in whatever loop runs.
+    """
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     with TemporaryDirectory(prefix="s-") as path:
@@ -52,7 +67,7 @@ def run(directory: Path) -> InstanceRun:
 
 
 @pytest.fixture
-async def world(directory: Path) -> AsyncIterator[World]:
+async def world(directory: Path, kept_loop: None) -> AsyncIterator[World]:
     async with world_in(directory, directory / "no-helper.sock") as world:
         yield world
 
@@ -72,6 +87,18 @@ async def world_in(directory: Path, helper_socket: Path) -> AsyncIterator[World]
         helper = Helper(channel, str(helper_socket))
         yield World(store, helper, ImageRegistry(state.images), RunDirectory(directory), state, 1.0)
     await store.close()
+
+
+@asynccontextmanager
+async def herd_in(world: World) -> AsyncIterator[Herd]:
+    """The herd of a world, as each start of a controller opens it."""
+    herd = Herd(world)
+    await herd.open()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield herd
+    finally:
+        await herd.close()
 
 
 @asynccontextmanager

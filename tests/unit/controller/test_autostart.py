@@ -14,7 +14,7 @@ import structlog
 
 from tests.framework.fake_helper import FakeHelper, fake_helper
 from tests.framework.fake_qmp import FakeQmp
-from tests.unit.controller.conftest import DEADLINE_S, RUNNING, STOPPED, UID, world_in
+from tests.unit.controller.conftest import RUNNING, STOPPED, UID, herd_in, world_in
 from vmherd.api.qemu.v1 import qemu_pb2
 from vmherd.controller import autostart
 from vmherd.controller.autostart import BOOT_KEY
@@ -57,17 +57,11 @@ async def helper(directory: Path) -> AsyncIterator[FakeHelper]:
 
 
 @pytest.fixture
-def open_herd(directory: Path) -> Open:
+def open_herd(directory: Path, kept_loop: None) -> Open:
     @asynccontextmanager
     async def opened() -> AsyncIterator[Herd]:
-        async with world_in(directory, directory / "qemu.sock") as world:
-            herd = Herd(world)
-            await herd.open()
-            try:
-                async with asyncio.timeout(DEADLINE_S):
-                    yield herd
-            finally:
-                await herd.close()
+        async with world_in(directory, directory / "qemu.sock") as world, herd_in(world) as herd:
+            yield herd
 
     return opened
 
@@ -98,6 +92,15 @@ async def test_once_for_each_boot_and_not_for_each_controller(
                 web, other = herd.find("web").instance, herd.find("other").instance
                 assert (web.state, web.generation, other.state) == (State.FAILED, starts, State.STOPPED)
         boot()
+
+
+@pytest.mark.usefixtures("boot")
+async def test_many_are_started_once_each(directory: Path, helper: FakeHelper, open_herd: Open) -> None:
+    names = [f"vm{number}" for number in range(30)]
+    await stored(directory, *(replace(WANTED, name=name, uid=str(uuid4())) for name in names))
+    async with open_herd():
+        await autostarted()
+        assert sorted(machine.name for machine in helper.started) == sorted(names)
 
 
 @pytest.mark.usefixtures("boot", "helper")
@@ -160,6 +163,35 @@ async def test_a_controller_that_takes_over_in_the_middle_starts_nothing_twice(
     async with open_herd() as herd:
         await autostarted()
         assert len(helper.started) == 1
+
+
+@pytest.mark.usefixtures("boot")
+async def test_who_is_told_to_stay_as_it_is_while_the_helper_is_waited_for_stays(
+    directory: Path, open_herd: Open
+) -> None:
+    await stored(directory, replace(RUNNING, autostart=True))
+    late = FakeHelper()
+    async with open_herd() as herd:
+        await herd.update("web", wants_autostart=False)
+        async with fake_helper(directory / "qemu.sock", late):
+            await autostarted()
+        assert herd.find("web").instance.state is State.FAILED
+    assert late.started == []
+
+
+async def test_a_boot_id_that_cannot_be_read_is_logged_and_starts_nothing(
+    directory: Path, helper: FakeHelper, open_herd: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autostart, "BOOT_ID", directory / "none")
+    await stored(directory, WANTED)
+    with structlog.testing.capture_logs() as logs:
+        async with open_herd() as herd:
+            await autostarted()
+            assert herd.find("web").instance.state is State.STOPPED
+    assert helper.started == []
+    [error] = [log["error"] for log in logs if log["event"].startswith("autostart is off")]
+    assert "No such file" in error
+    assert not [log for log in logs if log["event"] == "a task crashed"]
 
 
 def test_the_hosts_boot_has_an_id() -> None:

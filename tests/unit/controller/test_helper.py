@@ -19,7 +19,7 @@ from vmherd.controller.tasks import cancelled
 from vmherd.model.errors import Unavailable
 from vmherd.rpc.channel import open_channel
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("kept_loop")]
 DEADLINE_S = 30.0
 
 

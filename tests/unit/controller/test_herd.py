@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.framework.fake_helper import FakeHelper, fake_helper
-from tests.unit.controller.conftest import DEADLINE_S, world_in
+from tests.unit.controller.conftest import herd_in, world_in
 from vmherd.api.qemu.v1 import qemu_pb2
 from vmherd.controller.herd import Herd
 from vmherd.controller.records import decode_instance, instance_key
@@ -46,20 +46,14 @@ async def helper(directory: Path) -> AsyncIterator[FakeHelper]:
 
 
 @pytest.fixture
-def open_herd(directory: Path) -> Open:
+def open_herd(directory: Path, kept_loop: None) -> Open:
     """Opens the one herd that there is, as each start of a controller does."""
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Herd]:
-        async with world_in(directory, directory / "qemu.sock") as world:
-            herd = Herd(world)
-            await herd.open()
-            try:
-                async with asyncio.timeout(DEADLINE_S):
-                    await world.helper.wait_connected()
-                    yield herd
-            finally:
-                await herd.close()
+        async with world_in(directory, directory / "qemu.sock") as world, herd_in(world) as herd:
+            await world.helper.wait_connected()
+            yield herd
 
     return opened
 
@@ -163,6 +157,7 @@ async def test_an_update_changes_what_it_names_and_is_kept(open_herd: Open) -> N
         changed = await herd.update("web", wants_autostart=True)
         assert changed.instance.autostart
         assert changed.revision > before.revision
+        assert await herd.update("web", wants_autostart=True) == changed
         with pytest.raises(NotFound):
             await herd.update("db", wants_autostart=True)
     async with open_herd() as herd:
@@ -173,6 +168,7 @@ async def test_an_update_changes_what_it_names_and_is_kept(open_herd: Open) -> N
         assert not decode_instance(entry.value).autostart
 
 
+@pytest.mark.usefixtures("kept_loop")
 async def test_without_a_helper_nobody_knows_the_networks(directory: Path) -> None:
     async with world_in(directory, directory / "nobody.sock") as world:
         herd = Herd(world)

@@ -25,6 +25,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.news: asyncio.Queue[object] = asyncio.Queue()
+        self.asks_usernet = False
 
     def qmp_up(self, *, found: Event, agent_open: bool, usernet: str) -> None:
         self.news.put_nowait(("up", found, agent_open, *([usernet] if usernet else [])))
@@ -106,14 +107,14 @@ async def test_a_guest_that_sleeps_is_told_from_one_that_is_paused(
         assert not await monitor.suspended()
 
 
+@pytest.mark.usefixtures("monitor")
 async def test_a_machine_with_forwards_is_asked_for_its_ports_before_it_counts_as_up(
     socket: Path, heard: Heard
 ) -> None:
-    running = asyncio.create_task(Monitor(socket, "web", heard, asks_usernet=True).run())
+    heard.asks_usernet = True
     async with FakeQmp(socket, {"human-monitor-command": "Hub -1 (net0):\r\n"}) as qemu:
         assert await heard.next() == ("up", Event.UNDER_CONTROL, False, "Hub -1 (net0):\r\n")
         assert qemu.asked[-1] == "human-monitor-command"
-    await cancelled(running)
 
 
 async def test_what_a_command_can_come_to(monitor: Monitor, socket: Path, heard: Heard) -> None:

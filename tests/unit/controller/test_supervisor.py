@@ -20,10 +20,11 @@ from tests.unit.controller.conftest import (
     supervising,
     with_agent,
 )
+from vmherd.controller.records import decode_instance, instance_key
 from vmherd.controller.world import World
 from vmherd.guest_agent import AgentNotRunning
 from vmherd.model.errors import FailedPrecondition
-from vmherd.model.instance import Cause
+from vmherd.model.instance import Cause, Exit
 from vmherd.model.layout import InstanceRun
 from vmherd.model.lifecycle import State
 from vmherd.model.readiness import Rung
@@ -89,6 +90,17 @@ async def test_an_agents_port_that_opens_while_open_was_closed_in_between(world:
             await changed.wait()
             await supervisor.until(lambda: reached(supervisor, Rung.AGENT))
             assert agent.clients == clients + 1
+
+
+async def test_a_command_that_is_under_way_and_an_update_leave_each_other_alone(world: World) -> None:
+    async with supervising(world, STARTING) as supervisor:
+        await supervisor.set_autostart(True)
+        assert supervisor.instance == replace(STARTING, autostart=True)
+        await supervisor.start_failed(Exit(Cause.START_FAILED, "not today", 2.0))
+        assert supervisor.instance.autostart
+        entry = await world.store.get(instance_key("web"))
+        assert entry
+        assert decode_instance(entry.value) == supervisor.instance
 
 
 async def test_lost_and_found(world: World, run: InstanceRun) -> None:

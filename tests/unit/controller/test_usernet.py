@@ -65,12 +65,21 @@ def test_what_qemu_does_not_tell_is_unknown(forward: PortForward) -> None:
         "  TCP[HOST_FORWARD]  11       127.0.0.1     0       10.0.2.15    22     0     0",
         "  TCP[HOST_FORWARD]  11       127.0.0.1 32999       10.0.2.15    22     0     0 x",
         "  TCP[HOST_FORWARD]  11       127.0.0.1 32999",
+        f"Hub -1 (net{'9' * 5000}):",
+        f"  TCP[HOST_FORWARD]  {'1' * 5000}       127.0.0.1 99999       10.0.2.15    22     0     0",
+        "  TCP[HOST_FORWARD]  11       127.0.0.1 \u0663\u0664       10.0.2.15    22     0     0",
         "TCP[HOST_FORWARD] 11 127.0.0.1 32999 10.0.2.15 22 0 0",
         "  TCP[ESTABLISHED]   11       127.0.0.1 32999       10.0.2.15    22     0     0",
     ],
 )
 def test_a_line_in_another_shape_is_passed_over(line: str) -> None:
     assert bound_ports(f"Hub -1 (net0):\r\n{line}\r\n", [forwarding(PortForward(TCP, 22))]) == [()]
+
+
+def test_very_many_connections_of_the_guest_are_passed_over() -> None:
+    lines = "  TCP[ESTABLISHED]   22       10.0.2.15 32999     192.0.2.15    22     0     0\r\n" * 10_000
+    text = QEMU_7_2.replace("  TCP[HOST_FORWARD]  11", f"{lines}  TCP[HOST_FORWARD]  11")
+    assert bound_ports(text, [forwarding(PortForward(TCP, 22))]) == [(32999,)]
 
 
 @given(st.text() | st.text(alphabet="Hub-1 (net0):\r\nTCP[HOST_FORWARD]127.0.0.1 22"))

@@ -70,7 +70,9 @@ def test_request_ids_that_are_refused(request_id: str) -> None:
     assert list(check_request_id(request_id))
 
 
-@pytest.mark.parametrize("mac", ["52:54:00:12:34", "5254.0012.3456", "01:00:5e:00:00:01", "52:54:00:12:34:5G", ""])
+@pytest.mark.parametrize(
+    "mac", ["52:54:00:12:34", "5254.0012.3456", "01:00:5e:00:00:01", "52:54:00:12:34:5G", "00:00:00:00:00:00", ""]
+)
 def test_macs_that_are_refused(mac: str) -> None:
     assert list(check_mac(mac))
 

@@ -124,7 +124,7 @@ def test_a_host_without_networks_says_so(shared_herd: HerdUnderTest) -> None:
         ([{}] * 9, "nics", "at most 8"),
         ([{"forwards": [{"guestPort": 0}]}], "nics[0].forwards[0].guest_port", "from 1 to 65535"),
         ([{"forwards": [{"guestPort": 22, "hostPort": 70000}]}], "nics[0].forwards[0].host_port", "to 65535"),
-        ([{"forwards": [{"guestPort": 22, "hostPort": 80}] * 2}], "nics[0].forwards", "a port of the host each"),
+        ([{"forwards": [{"guestPort": 22, "hostPort": 80}] * 2}], "nics[0].forwards", "80/tcp is given 2 times"),
         ([{"forwards": [{"guestPort": 22}] * 65}], "nics[0].forwards", "at most 64"),
     ],
 )

@@ -74,7 +74,9 @@ def _port_not_bound(process: Process) -> str:
     if not (found := _NOT_BOUND.search(process.stderr_tail)):
         return ""
     protocol, port, guest_port = found.groups()
-    why = "only root may bind it" if int(port) in PRIVILEGED_PORTS else "does another program have it?"
+    why = (
+        "ports below 1024 are root's, which QEMU is not" if int(port) in PRIVILEGED_PORTS else "another program has it"
+    )
     return f"QEMU cannot bind {protocol} port {port} of 127.0.0.1, which leads to the guest's port {guest_port}; {why}"
 
 

@@ -6,6 +6,7 @@ The controller fills it in and the helper checks it again: both use `check_machi
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -187,6 +188,9 @@ def check_forwards(forwards: Sequence[PortForward], field: str) -> Iterator[Fiel
         for name, lowest in (("guest_port", 1), ("host_port", 0)):
             if not lowest <= (port := getattr(forward, name)) <= PORT_MAX:
                 yield FieldViolation(f"{field}[{index}].{name}", f"must be from {lowest} to {PORT_MAX}, is {port}")
-    fixed = [(forward.protocol, forward.host_port) for forward in forwards if forward.host_port]
-    if len(set(fixed)) < len(fixed):
-        yield FieldViolation(field, "must have a port of the host each")
+    fixed = Counter(f"{forward.host_port}/{forward.protocol}" for forward in forwards if forward.host_port)
+    for port, count in fixed.items():
+        if count > 1:
+            yield FieldViolation(
+                field, f"the host's port {port} is given {count} times; each leads to one port of a guest"
+            )

@@ -23,6 +23,9 @@ PREFIX_MAX_BITS = 29
 UNIQUE_LOCAL = IPv6Network("fd00::/8")
 """RFC 4193, the half that everybody may choose from."""
 
+SPECIAL = tuple(map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")))
+"""Of this host, of a link, of groups, of nobody: RFC 6890."""
+
 USER_NETWORK = "user"
 NO_NETWORK = "none"
 RESERVED_NAMES = frozenset({USER_NETWORK, NO_NETWORK})
@@ -107,6 +110,8 @@ def check_network(network: Network, field: str) -> Iterator[FieldViolation]:
         yield FieldViolation(
             f"{field}.subnet", f"must have from {PREFIX_MIN_BITS} to {PREFIX_MAX_BITS} bits, is {network.subnet}"
         )
+    if network.subnet and any(network.subnet.overlaps(special) for special in SPECIAL):
+        yield FieldViolation(f"{field}.subnet", f"{network.subnet} has a meaning of its own; take one of 10.0.0.0/8")
     if network.ipv6_subnet and (network.ipv6_subnet.prefixlen != 64 or not network.ipv6_subnet.subnet_of(UNIQUE_LOCAL)):
         yield FieldViolation(
             f"{field}.ipv6_subnet", f"must have 64 bits within {UNIQUE_LOCAL}, is {network.ipv6_subnet}"

@@ -59,7 +59,7 @@ def test_a_qemu_that_never_answered_did_not_start(process: Process) -> None:
 
 @pytest.mark.parametrize(
     ("port", "why"),
-    [(8022, "does another program have it?"), (22, "only root may bind it")],
+    [(8022, "another program has it"), (22, "ports below 1024 are root's, which QEMU is not")],
     ids=["taken", "privileged"],
 )
 def test_a_port_that_qemu_cannot_bind_is_named(port: int, why: str) -> None:

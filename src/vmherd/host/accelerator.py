@@ -37,6 +37,9 @@ KVM_DEVICE = Path("/dev/kvm")
 PROBE = Path(__file__).with_name("accelerator_probe.bin")
 PROBE_STATUS = (0x2A << 1) | 1  # what isa-debug-exit makes of FINISHED in accelerator_probe.S
 
+DEADLINE_S = 20.0
+"""For each accelerator, which needs a fraction of a second, and many on a busy host that is itself a guest."""
+
 KVM_PATIENCE = 3  # times TCG's time, then KVM is given up: it can no longer win
 REAP_DEADLINE_S = 10.0
 DETAIL_MAX_BYTES = 500
@@ -86,7 +89,7 @@ class Accelerators:
     """
 
     def __init__(
-        self, qemu_binary: Path, cache: Path, *, before: Before = as_this_user, deadline_s: float = 5.0
+        self, qemu_binary: Path, cache: Path, *, before: Before = as_this_user, deadline_s: float = DEADLINE_S
     ) -> None:
         self._qemu_binary = qemu_binary
         self._cache = cache

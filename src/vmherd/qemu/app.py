@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,11 @@ from vmherd.rpc.serving import check_socket_path, serve_until_signalled, serving
 REQUEST_MAX_BYTES = 256 * 1024
 """Room for a machine with everything at its largest, many times over."""
 
+LOCK_PATIENCE_S = 2.0
+LOCK_POLL_S = 0.02
+CALLS_MAX = 1024
+"""At the same time: each takes memory, and a watch takes it for as long as its caller likes."""
+
 _log = structlog.get_logger()
 
 
@@ -50,6 +56,8 @@ async def run(settings: QemuSettings) -> None:
         raise _not_usable("state_dir", setup.state.path, "it is missing or this user may not write to it;")
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(owned(setup.run, setup.owners))
+        if setup.owners.machines:  # root gives a socket to a group there
+            _refuse_writable("listen", next(path for path in setup.listen.parents if path.exists()))
         networks = Networks(setup.networks, setup.run.networks, dnsmasq_uid=setup.uids.dnsmasq)
         processes = ProcessTable(setup.run, setup.owners, networks.unplug)
         stack.push_async_callback(networks.close)
@@ -64,9 +72,8 @@ async def run(settings: QemuSettings) -> None:
         name = qemu_pb2.DESCRIPTOR.services_by_name["QemuService"].full_name
         group = None if setup.owners.controller == os.geteuid() else setup.owners.group
         peers = setup.owners.trusted
-        await stack.enter_async_context(
-            serving({name: add}, setup.listen, group=group, peers=peers, request_max_bytes=REQUEST_MAX_BYTES)
-        )
+        served = partial(serving, request_max_bytes=REQUEST_MAX_BYTES, calls_max=CALLS_MAX)
+        await stack.enter_async_context(served({name: add}, setup.listen, group=group, peers=peers))
         _log.info("serving", listen=settings.listen, processes=len(processes.list()))
         await serve_until_signalled(f"serving on {settings.listen}")
 
@@ -93,15 +100,20 @@ def owned(directory: RunDirectory, owners: Owners) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             directory.path.parent.mkdir(parents=True, exist_ok=True)
-            for made in (directory.path, path):
-                with contextlib.suppress(FileExistsError):
-                    made.mkdir(mode=0o700)
-                    os.chown(made, -1, owners.group)
-                    made.chmod(owners.mode(0o750))
-                _refuse_writable(made)
+            with contextlib.suppress(FileExistsError):
+                directory.path.mkdir(mode=0o700)
+                os.chown(directory.path, -1, owners.group)
+                directory.path.chmod(owners.mode(0o750))
+            _refuse_writable("run_dir", directory.path)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            _refuse_writable("run_dir", path)
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
+            # Also of one that is there: its helper was killed before this, or had another controller.
+            os.fchown(lock, -1, owners.group)
+            os.fchmod(lock, owners.mode(0o750))
         except BlockingIOError as error:
             why = "another helper works in it; end that one first (`pgrep -af 'vmherd qemu'` finds it), or"
             raise _not_usable("run_dir", path, why) from error
@@ -110,7 +122,19 @@ def owned(directory: RunDirectory, owners: Owners) -> Iterator[None]:
         yield
 
 
-def _refuse_writable(path: Path) -> None:
+def _lock(descriptor: int) -> None:
+    """Locks a directory. A helper that was killed may have left a child that holds the lock until it executes QEMU."""
+    deadline_s = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(LOCK_POLL_S)  # nothing else is under way yet
+
+
+def _refuse_writable(setting: str, path: Path) -> None:
     """Refuses a directory that others may write to. Whose records root believed could have it kill any process.
 
     Where root works, nobody else may exchange a directory on the way to it either.
@@ -122,7 +146,7 @@ def _refuse_writable(path: Path) -> None:
         sticky = directory != path and status.st_mode & stat.S_ISVTX
         if status.st_uid not in (0, os.geteuid()) or (shared and not sticky):
             raise _not_usable(
-                "run_dir", path, f"others own {directory} or may write to it; `chown` it and `chmod go-w`, or"
+                setting, path, f"others own {directory} or may write to it; `chown` it and `chmod go-w`, or"
             )
 
 

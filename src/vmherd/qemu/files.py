@@ -6,6 +6,7 @@ QEMU gets the descriptors and never sees a name, so what was checked is what it 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -50,7 +51,7 @@ def opened(
     changed unless everything is as it should be.
 
     Raises:
-        FailedPrecondition: a file is not there.
+        FailedPrecondition: a file is not there, or the host cannot open it now.
         PermissionDenied: a file is reached through a link, belongs to somebody else, or names another.
         ResourceExhausted: there is no uid left.
     """
@@ -90,7 +91,13 @@ def _refusals(file: File) -> Iterator[None]:
             metadata={"field": file.field, "path": file.path},
         ) from error
     except OSError as error:
-        raise file.refused(f"cannot be opened without following a link: {error.strerror}") from error
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise file.refused(f"cannot be opened without following a link: {error.strerror}") from error
+        raise FailedPrecondition(
+            f"{file.field}: {file.path} cannot be used: {error.strerror}",
+            reason="FILE_NOT_USABLE",
+            metadata={"field": file.field, "path": file.path},
+        ) from error
 
 
 @contextlib.contextmanager

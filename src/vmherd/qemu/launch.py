@@ -52,7 +52,7 @@ def _scope(machine: Machine) -> tuple[str, ...]:
         "CPUQuota": f"{100 * (machine.cpus + 1)}%",
         "TasksMax": machine.cpus + THREADS_MAX,
         # When the host goes down, what has to stop machines in good order is stopped before them.
-        "Before": "vmherd-qemu.service",
+        "Before": "vmherd-qemu.service vmherd-guests.service",
     }
     return (
         *("systemd-run", "--scope", "--quiet", "--collect", "--slice=vmherd-machines.slice"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -126,27 +127,33 @@ def open_pidfd(pid: int, ticks: int | None) -> int | None:
     return None
 
 
-def find_pid(argv: tuple[str, ...], unix_uid: int) -> int | None:
-    """The pid of the process with these last words on its command line, which hold a uid and so are nobody else's.
+def find_processes(last_words: Sequence[str], users: Container[int]) -> list[tuple[int, int]]:
+    """Start ticks and pid of each process of these users whose command line ends with these words, the oldest first.
 
-    Before them are those of the programs that are about to become this one, as root. Others may have the same words.
+    Before them may be those of programs that are about to become this one. Others than these users may have the same.
     """
-    wanted = b"\0" + b"".join(os.fsencode(word) + b"\0" for word in argv)
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
+    wanted = b"\0" + b"".join(os.fsencode(word) + b"\0" for word in last_words)
+    found = []
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             process = Path(f"/proc/{pid}")
-            if process.stat().st_uid in (0, unix_uid) and (b"\0" + (process / "cmdline").read_bytes()).endswith(wanted):
-                return int(pid)
-    return None
+            # The ticks come first: with them `open_pidfd` tells whether it is still the process that was looked at.
+            ticks = start_ticks(pid) if process.stat().st_uid in users else None
+            if ticks is not None and (b"\0" + (process / "cmdline").read_bytes()).endswith(wanted):
+                found.append((ticks, pid))
+    return sorted(found)
 
 
 def stderr_tail(path: Path) -> str:
-    """The last lines that QEMU wrote, without control characters: a guest can make QEMU write what it likes."""
+    """The last lines that QEMU wrote, without control characters: a guest can make QEMU write what it likes.
+
+    Nothing where they cannot be read: its end has to be told all the same.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
             lines = file.read(STDERR_TAIL_BYTES).decode(errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return ""
     printable = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
     return "\n".join(list(printable)[-STDERR_TAIL_LINES:])

@@ -24,7 +24,7 @@ from vmherd.qemu.network.rules import Port
 from vmherd.qemu.process import (
     Process,
     boot_id,
-    find_pid,
+    find_processes,
     open_pidfd,
     read_record,
     start_ticks,
@@ -106,12 +106,12 @@ class ProcessTable:
         pid, ticks = process.pid, process.start_ticks
         if pid is None:
             # The helper ended between this record and the start, or between the start and the record of the pid.
-            pid = find_pid(process.argv, process.unix_uid)
-            if pid is None:
+            found = find_processes(process.argv, (0, process.unix_uid))
+            if not found:
                 with contextlib.suppress(OSError):
                     _clear(run)
                 return
-            ticks = start_ticks(pid)
+            ticks, pid = found[0]
             process = replace(process, pid=pid, start_ticks=ticks)
         if not process.ended:
             pidfd = open_pidfd(pid, ticks) if process.boot_id == boot_id() else None
@@ -259,7 +259,8 @@ class ProcessTable:
                 write_record(run.process, process)
                 child = spawn((*launch.before, *process.argv), (*sockets, *launch.descriptors), run.stderr)
             try:
-                pidfd = os.pidfd_open(child.pid)
+                process = replace(process, pid=child.pid, start_ticks=start_ticks(child.pid))
+                self._watch(process.uid, os.pidfd_open(child.pid), child)
             except OSError:
                 child.kill()
                 child.wait()
@@ -273,8 +274,6 @@ class ProcessTable:
                 reason="QEMU_DID_NOT_START",
                 metadata={"name": machine.name},
             ) from error
-        process = replace(process, pid=child.pid, start_ticks=start_ticks(child.pid))
-        self._watch(process.uid, pidfd, child)
         self._put(process)
         _log.info("started", uid=machine.uid, name=machine.name, generation=machine.generation, pid=child.pid)
         return process
@@ -288,9 +287,13 @@ class ProcessTable:
 
     def _watch(self, uid: str, pidfd: int, child: subprocess.Popen[bytes] | None) -> None:
         loop = asyncio.get_running_loop()
+        try:
+            # A pidfd becomes readable when its process ends, whoever its parent is: pidfd_open(2).
+            loop.add_reader(pidfd, self._on_end, uid)
+        except OSError:
+            os.close(pidfd)
+            raise
         self._running[uid] = _Running(pidfd, child, loop.create_future())
-        # A pidfd becomes readable when its process ends, whoever its parent is: pidfd_open(2).
-        loop.add_reader(pidfd, self._on_end, uid)
 
     def _unwatch(self, uid: str) -> _Running:
         running = self._running.pop(uid)

@@ -65,9 +65,11 @@ class QemuService(qemu_pb2_grpc.QemuServiceServicer):
     async def Stop(self, request: qemu_pb2.StopRequest, context: Context) -> qemu_pb2.Process:
         grace_s = request.grace.seconds + request.grace.nanos / 1e9
         with _refusal_logged("Stop", request.uid):
+            violations = list(check_uid(request.uid))
             if not 0 <= grace_s <= GRACE_MAX_S:
-                description = f"must be from 0 to {GRACE_MAX_S} s, is {grace_s:g} s"
-                raise InvalidArgument.of([FieldViolation("grace", description)])
+                violations.append(FieldViolation("grace", f"must be from 0 to {GRACE_MAX_S} s, is {grace_s:g} s"))
+            if violations:
+                raise InvalidArgument.of(violations)
             return _from_process(await self._processes.stop(request.uid, request.generation, grace_s=grace_s))
 
     async def List(self, request: qemu_pb2.ListRequest, context: Context) -> qemu_pb2.ListResponse:

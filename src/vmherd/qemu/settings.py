@@ -61,6 +61,8 @@ def understood(settings: QemuSettings) -> Setup:
         _network(network, f"networks[{index}]", violations) for index, network in enumerate(settings.networks)
     )
     violations += [*_wrong_users(uids, user), *_wrong_networks(networks)]
+    if settings.accelerator not in WANTED:
+        violations.append(FieldViolation("accelerator", f"must be AUTO, KVM or TCG, is {settings.accelerator}"))
     if violations:
         raise InvalidArgument.of(violations)
     return Setup(

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -168,11 +169,15 @@ def _publish(made: Path, path: Path, group: int | None) -> None:
 
 @contextlib.asynccontextmanager
 async def _running(
-    services: Services, address: str, request_max_bytes: int, *guards: grpc.aio.ServerInterceptor
+    services: Services,
+    address: str,
+    *guards: grpc.aio.ServerInterceptor,
+    request_max_bytes: int,
+    calls_max: int | None,
 ) -> AsyncIterator[int]:
     errors = ErrorsToStatus()
     options = (*OPTIONS, ("grpc.max_receive_message_length", request_max_bytes))
-    server = grpc.aio.server(interceptors=(*guards, errors), options=options)
+    server = grpc.aio.server(interceptors=(*guards, errors), options=options, maximum_concurrent_rpcs=calls_max)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name, add in services.items():
@@ -204,13 +209,15 @@ async def serving(
     group: int | None = None,
     peers: Collection[int] | None = None,
     request_max_bytes: int = REQUEST_MAX_BYTES,
+    calls_max: int | None = None,
     tcp: str = "",
     token: str = "",
 ) -> AsyncIterator[int | None]:
     """Serves the services with health and reflection on a unix socket and, if asked, on TCP with a token.
 
     Who may connect to the socket is its owner and, where one is given, its group (a gid). Where `peers` are given,
-    callers are these users (uids) alone.
+    callers are these users (uids) alone. Where there is a `calls_max`, more calls at the same time are answered with
+    RESOURCE_EXHAUSTED.
 
     Yields the TCP port, None without one. When the context is left streams end at once, other calls within half a
     second, with UNAVAILABLE.
@@ -226,11 +233,12 @@ async def serving(
         if peers is not None:
             made = private / "front"
             await stack.enter_async_context(front(made, server, peers))
-        await stack.enter_async_context(_running(services, f"unix:{server}", request_max_bytes))
+        running = partial(_running, services, request_max_bytes=request_max_bytes, calls_max=calls_max)
+        await stack.enter_async_context(running(f"unix:{server}"))
         _publish(made, socket, group)
         port = None
         if tcp:
-            port = await stack.enter_async_context(_running(services, tcp, request_max_bytes, TokenOnTcp(token)))
+            port = await stack.enter_async_context(running(tcp, TokenOnTcp(token)))
         yield port
 
 

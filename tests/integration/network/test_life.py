@@ -54,6 +54,28 @@ def test_the_next_machine_with_an_address_gets_it_although_the_last_one_never_ga
     assert lookup(world.host, "10.77.0.1", "second.vmherd") == ["10.77.0.2"]
 
 
+def test_what_a_machine_had_when_it_last_ran_is_not_taken_for_what_it_has(world: World) -> None:
+    world.start(LAB)
+    web = world.configured("web", "10.77.0.2")
+    dhcp(web.namespace, web.mac)
+    leased = {"address": "10.77.0.2", "prefix_length": 24, "mac": web.mac, "source": "lease"}
+    assert world.ask("addresses", uid=web.uid) == [leased]
+    reaches(web.namespace, "10.77.0.1", 7, timeout_s=0.1)
+    eventually(lambda: web.mac in world.host.ip("neigh"))
+    web.power_off()
+    world.ask("unplug", uid=web.uid)
+    again = world.launch("web", "10.77.0.2", uid=web.uid)
+    assert world.ask("addresses", uid=again.uid) == []
+
+    def has_its_own() -> bool:
+        dhcp(again.namespace, again.mac)  # within the same second it looks like the old one
+        return bool(world.ask("addresses", uid=again.uid) == [leased])
+
+    eventually(has_its_own)
+    world.restart()
+    assert world.ask("addresses", uid=again.uid) == [leased]
+
+
 def test_a_stranger_gets_no_address(world: World) -> None:
     world.start(LAB)
     web = world.launch("web", "10.77.0.2")

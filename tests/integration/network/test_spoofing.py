@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 import pytest
 
@@ -14,8 +15,11 @@ from tests.integration.network.traffic import (
     IPV4,
     IPV6,
     REFUSAL_S,
+    TIMEOUT_S,
     arp,
     arrived,
+    dhcp,
+    dhcp_message,
     frame,
     icmp6,
     listening,
@@ -70,6 +74,13 @@ def forged(eve: Guest, bob: Guest) -> dict[str, bytes]:
         "a DHCP server's answer from another port": frame(
             eve.mac, IPV4, udp4(eve.address, "255.255.255.255", 6767, 68, payload)
         ),
+        "a question to a DHCP server in the neighbour's name": frame(eve.mac, IPV4, dhcp_message(bob.mac, 1)),
+        "a question to a DHCP server that names nobody": frame(
+            eve.mac, IPV4, udp4("0.0.0.0", "255.255.255.255", 68, 67, payload[:20])
+        ),
+        "a question to a DHCP server from its own address in the neighbour's name": frame(
+            eve.mac, IPV4, udp4(eve.address, "255.255.255.255", 68, 67, dhcp_message(bob.mac, 3)[28:])
+        ),
         "the neighbour's IPv6 address": frame(eve.mac, IPV6, icmp6(bob.ipv6_address, ALL_NODES, 128, payload)),
         "the neighbour's link-local address": frame(eve.mac, IPV6, icmp6(link_local(bob), ALL_NODES, 128, payload)),
         "an IPv6 address of its own choice": frame(eve.mac, IPV6, icmp6(FAR, ALL_NODES, 128, payload)),
@@ -95,7 +106,10 @@ def honest(eve: Guest, bob: Guest) -> dict[str, bytes]:
         "ARP": frame(eve.mac, ARP, arp(eve.mac, eve.address, bob.address)),
         "ARP answer": frame(eve.mac, ARP, arp(eve.mac, eve.address, bob.address, operation=2)),
         "ARP probe": frame(eve.mac, ARP, arp(eve.mac, "0.0.0.0", eve.address)),
-        "DHCP client": frame(eve.mac, IPV4, udp4("0.0.0.0", "255.255.255.255", 68, 67, payload)),
+        "DHCP client": frame(eve.mac, IPV4, dhcp_message(eve.mac, 1)),
+        "DHCP client that has an address": frame(
+            eve.mac, IPV4, udp4(eve.address, "10.77.0.1", 68, 67, dhcp_message(eve.mac, 3)[28:])
+        ),
         "IPv6": frame(eve.mac, IPV6, icmp6(eve.ipv6_address, ALL_NODES, 128, payload)),
         "link-local IPv6": frame(eve.mac, IPV6, icmp6(link_local(eve), ALL_NODES, 128, payload)),
         "neighbour advertisement": frame(
@@ -126,6 +140,45 @@ def test_forged_frames_do_not_reach_the_host_either(guests: tuple[World, Guest, 
     with raw_socket(eve.namespace) as sender, raw_socket(it.host, "lab0") as receiver:
         assert arrived(sender, receiver, list(unicast.values()), marker) == []
     assert STRANGER not in it.host.ip("neigh", "show", "dev", "lab0")
+
+
+def test_nobody_can_decline_another_s_address(guests: tuple[World, Guest, Guest]) -> None:
+    _, eve, bob = guests
+    addresses = b"\x32\x04" + IPv4Address(bob.address).packed + b"\x36\x04" + IPv4Address("10.77.0.1").packed
+    with raw_socket(eve.namespace) as sender:
+        sender.send(frame(eve.mac, IPV4, dhcp_message(bob.mac, 4, addresses)))
+    assert socket.inet_ntoa(dhcp(bob.namespace, bob.mac)[0]) == bob.address
+
+
+@pytest.mark.parametrize("last", range(16))
+def test_what_a_bridge_leaves_to_its_ports_does_not_reach_the_host(
+    guests: tuple[World, Guest, Guest], last: int
+) -> None:
+    """Frames for these addresses would come from the TAP device, of which no rule of the host knows."""
+    it, eve, _ = guests
+    reserved = f"01:80:c2:00:00:{last:02x}"
+    router = bytes([64, 0, 7, 8]) + bytes(8) + bytes([3, 4, 64, 192]) + b"\0\0\x1c\x20" * 2 + bytes(4)
+    prefix = IPv6Address("2001:db8:bad::").packed
+    with (
+        raw_socket(eve.namespace) as sender,
+        it.host.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as service,
+    ):
+        service.bind(("0.0.0.0", 999))
+        service.settimeout(TIMEOUT_S)
+        for source in (eve.address, "198.51.100.1", "0.0.0.0"):
+            for target in ("10.77.0.1", "255.255.255.255"):
+                sender.send(frame(eve.mac, IPV4, udp4(source, target, 9, 999, b"from a guest"), reserved))
+        advertisement = icmp6(link_local(eve), ALL_NODES, 134, router + prefix)
+        sender.send(frame(eve.mac, IPV6, advertisement, reserved))
+        # What comes after it in the same queue tells that it has had its time.
+        marker = frame(eve.mac, IPV4, udp4(eve.address, "10.77.0.1", 9, 9, b"the end of the test" * 4), BROADCAST)
+        with raw_socket(it.host, "lab0") as receiver:
+            arrived(sender, receiver, [], marker)
+        with it.host.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as host:
+            host.sendto(b"the last", ("127.0.0.1", 999))
+        assert service.recv(100) == b"the last"
+    assert "2001:db8:bad" not in it.host.ip("-6", "route") + it.host.ip("-6", "addr")
+    assert "default" not in it.host.ip("-6", "route")
 
 
 def test_a_guest_that_changes_its_mac_or_address_is_cut_off_until_it_changes_back(

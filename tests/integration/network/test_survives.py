@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ from tests.integration.network.traffic import dhcp, listening, lookup, reaches
 from tests.integration.network.world import LAB, Guest, Refused, World, eventually
 
 pytestmark = needs_root
+
+TUNSETPERSIST = 0x400454CB  # linux/if_tun.h
 
 
 def works(world: World, web: Guest, db: Guest) -> bool:
@@ -76,6 +80,35 @@ def test_a_machine_that_ended_while_no_helper_was_there_leaves_nothing(world: Wo
     assert works(world, again, db)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_tap_device_that_its_qemu_made_stay_is_removed(world: World, restarted: bool) -> None:
+    """A QEMU that its guest has taken over can do that, and its port would have no rules once it has ended."""
+    world.start(LAB)
+    web = world.configured("web", "10.77.0.2")
+    fcntl.ioctl(web.tap, TUNSETPERSIST, 1)
+    if restarted:
+        world.end()
+    web.power_off()
+    assert web.device in world.links()
+    if restarted:
+        world.start()
+    else:
+        world.ask("unplug", uid=web.uid)
+    assert world.links() == ["lab0"]
+
+
+def test_a_dnsmasq_of_another_user_is_replaced(world: World) -> None:
+    world.start(LAB)
+    [before] = world.dnsmasqs()
+    world.end()
+    world.dnsmasq_uid += 1
+    world.start()
+    [after] = world.dnsmasqs()
+    assert after != before
+    assert Path(f"/proc/{after}").stat().st_uid == world.dnsmasq_uid
+    assert works(world, *pair(world))
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -115,7 +148,7 @@ def test_machines_come_while_somebody_takes_the_rules_away(world: World) -> None
     for number in range(2, 8):
         world.host.run("nft", "flush", "ruleset")
         guests.append(world.launch(f"web{number}", f"10.77.0.{number}"))
-    eventually(lambda: all(world.ruleset().count(f'"{guest.device}"') == 3 for guest in guests))
+    eventually(lambda: all(world.ruleset().count(f'"{guest.device}"') == 5 for guest in guests))
 
 
 def test_helpers_killed_at_any_moment_leave_one_of_everything(world: World) -> None:

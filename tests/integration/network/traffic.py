@@ -96,6 +96,15 @@ def listening(namespace: Namespace, address: str, port: int = 7) -> socket.socke
     return namespace.call(lambda: socket.create_server((address, port), family=family))
 
 
+def dhcp_message(mac: str, kind: int, options: bytes = b"", identity: bytes = b"same") -> bytes:
+    """A packet to all DHCP servers from somebody without an address: RFC 2131."""
+    fixed = (
+        struct.pack("!BBBB4sHH", 1, 1, 6, 0, identity, 0, 0x8000) + bytes(16) + mac_bytes(mac) + bytes(10 + 64 + 128)
+    )
+    options = b"\x63\x82\x53\x63" + bytes([53, 1, kind]) + options + bytes([55, 4, 1, 3, 6, 15, 255])
+    return udp4("0.0.0.0", "255.255.255.255", 68, 67, fixed + options)
+
+
 def dhcp(namespace: Namespace, mac: str, *, timeout_s: float = TIMEOUT_S) -> dict[int, bytes]:
     """The options that a DHCP server offers, and under 0 the address: RFC 2131."""
     identity = os.urandom(4)
@@ -103,13 +112,8 @@ def dhcp(namespace: Namespace, mac: str, *, timeout_s: float = TIMEOUT_S) -> dic
         link.settimeout(timeout_s)
         chosen: dict[int, bytes] = {}
         for kind, expected in ((1, 2), (3, 5)):
-            options = b"\x63\x82\x53\x63" + bytes([53, 1, kind])
-            if chosen:
-                options += b"\x32\x04" + chosen[0] + b"\x36\x04" + chosen[54]
-            options += bytes([55, 4, 1, 3, 6, 15, 255])
-            fixed = struct.pack("!BBBB4sHH", 1, 1, 6, 0, identity, 0, 0x8000) + bytes(16)
-            message = fixed + mac_bytes(mac) + bytes(10 + 64 + 128) + options
-            link.send(frame(mac, IPV4, udp4("0.0.0.0", "255.255.255.255", 68, 67, message)))
+            options = b"\x32\x04" + chosen[0] + b"\x36\x04" + chosen[54] if chosen else b""
+            link.send(frame(mac, IPV4, dhcp_message(mac, kind, options, identity)))
             while True:
                 data = link.recv(65535)
                 body = data[42:]

@@ -86,6 +86,7 @@ class World:
         self.directory = directory
         self.host = Namespace()
         self.guests: list[Guest] = []
+        self.dnsmasq_uid = DNSMASQ_UID
         self.networks: list[dict[str, Any]] = [dict(LAB)]
         self.process: subprocess.Popen[bytes] | None = None
         self.peer: socket.socket | None = None
@@ -101,7 +102,7 @@ class World:
         """Starts a helper without opening the networks."""
         self.peer, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.peer.settimeout(TIMEOUT_S)
-        words = {"networks": self.networks, "directory": str(self.run), "dnsmasq_uid": DNSMASQ_UID}
+        words = {"networks": self.networks, "directory": str(self.run), "dnsmasq_uid": self.dnsmasq_uid}
         with other:
             self.process = subprocess.Popen(
                 [*self.host.words, sys.executable, helper.__file__, str(other.fileno()), json.dumps(words)],

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from tests.integration.qemu.attacked import CONTROLLER, ROOT, STRANGER, Attacked, attacked
 from tests.integration.qemu.house import DEADLINE_S
 from vmherd.api.qemu.v1 import qemu_pb2, qemu_pb2_grpc
-from vmherd.qemu.app import REQUEST_MAX_BYTES
+from vmherd.qemu.app import CALLS_MAX, REQUEST_MAX_BYTES
 from vmherd.rpc.channel import OPTIONS
 from vmherd.rpc.peers import CONNECTIONS_MAX, GREETING, SILENT_MAX
 
@@ -202,6 +203,29 @@ async def test_requests_without_measure_are_refused(site: Attacked) -> None:
             await site.house.start(machine)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     site.forget(machine)
+
+
+async def test_watches_without_number_are_refused(site: Attacked) -> None:
+    """Each would take memory for as long as its caller likes."""
+    watches: list[Any] = []
+
+    async def refused() -> bool:
+        watches.append(site.house.stub.Watch(qemu_pb2.WatchRequest(), timeout=3 * DEADLINE_S))
+        try:
+            await watches[-1].read()
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        return False
+
+    async with site.unchanged():
+        refusals = [sum(await asyncio.gather(*(refused() for _ in range(64)))) for _ in range(CALLS_MAX // 64 + 1)]
+        assert sum(refusals) == refusals[-1] == 64
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(DEADLINE_S):
+            while await refused():
+                pass
+        watches[-1].cancel()
 
 
 @pytest.mark.timeout(300)

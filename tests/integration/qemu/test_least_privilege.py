@@ -202,6 +202,30 @@ async def test_a_run_directory_that_others_may_write_to_is_refused(house: House)
     await house.open()
 
 
+async def test_a_socket_in_a_directory_of_the_controller_is_refused(house: House) -> None:
+    """It could exchange the socket for a link while root gives it to a group."""
+    directory = house.path / "state" / "sockets"
+    directory.mkdir()
+    os.chown(directory, CONTROLLER, -1)
+    await house.close(signal.SIGTERM)
+    for listen in (directory / "q.sock", directory / "deeper" / "q.sock"):
+        code, stderr = await house.second_helper(listen=str(listen))
+        assert code != 0
+        assert f"listen: cannot use {directory}: others own {directory}" in stderr
+    assert os.listdir(directory) == []
+    await house.open()
+
+
+async def test_a_directory_that_a_killed_helper_has_just_made_is_given_to_the_controller(house: House) -> None:
+    await house.close(signal.SIGKILL)
+    expected = house.run.instances.stat()
+    os.chown(house.run.instances, -1, 0)
+    house.run.instances.chmod(0o700)
+    await house.open()
+    status = house.run.instances.stat()
+    assert (status.st_mode, status.st_gid) == (expected.st_mode, expected.st_gid)
+
+
 async def test_what_is_refused_is_logged_with_the_reason(house: House, capfd: pytest.CaptureFixture[str]) -> None:
     machine = house.machine()
     machine.disks[0].path = "/etc/shadow"

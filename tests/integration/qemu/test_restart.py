@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import grpc
 import pytest
 
-from tests.integration.qemu.house import DEADLINE_S, House
+from tests.integration.qemu.house import DEADLINE_S, POLL_S, House
 from vmherd.model.errors import FailedPrecondition
 from vmherd.qemu.process import start_ticks
 from vmherd.rpc.status import from_rpc_error
@@ -184,6 +186,40 @@ async def test_a_helper_killed_in_the_middle_of_starts_knows_all_of_them_afterwa
     assert known == set(house.qemu_pids())
     processes = [await house.up(machine) for machine in machines]
     assert sorted(process.pid for process in processes) == sorted(house.qemu_pids())
+
+
+async def test_a_child_that_a_killed_helper_left_delays_the_next_one_and_no_more(house: House) -> None:
+    """Between fork and exec it has the helper's lock."""
+    await house.close(signal.SIGKILL)
+    path = str(house.run.instances)
+    with opened_directory(path) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        opening = asyncio.create_task(house.open())
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                if house.helper is not None and house.helper.returncode is None and path in _open(house.helper.pid):
+                    break
+                await asyncio.sleep(POLL_S)
+        assert not opening.done()
+    await opening
+
+
+@contextmanager
+def opened_directory(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open(pid: int) -> set[str]:
+    """What a process has open."""
+    links = set()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return links
 
 
 async def test_a_second_helper_on_the_same_run_directory_is_refused(house: House) -> None:

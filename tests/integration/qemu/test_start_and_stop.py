@@ -129,7 +129,7 @@ async def test_a_qemu_that_ignores_sigterm_is_killed_after_the_grace(house: Hous
     os.kill(process.pid, signal.SIGSTOP)
     started_s = time.monotonic()
     assert (await house.stop(machine, grace_s=1)).signal == signal.SIGKILL
-    assert 1 <= time.monotonic() - started_s
+    assert time.monotonic() - started_s >= 1
 
 
 async def test_no_grace_kills_at_once(house: House) -> None:

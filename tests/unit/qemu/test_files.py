@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,4 +200,20 @@ def test_a_refused_machine_changes_nothing(state: StateDirectory) -> None:
     before = everything(state)
     with pytest.raises(FailedPrecondition):
         opened(state)
+    assert everything(state) == before
+
+
+def test_what_the_host_lacks_is_no_fault_of_the_file(state: StateDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = os.open
+
+    def full(path: str, flags: int, *words: Any, **more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opens(path, flags, *words, **more)
+
+    before = everything(state)
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(FailedPrecondition, match="No space left on device") as caught:
+        opened(state)
+    assert caught.value.reason == "FILE_NOT_USABLE"
     assert everything(state) == before

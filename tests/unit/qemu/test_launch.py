@@ -48,7 +48,7 @@ def test_under_systemd_a_machine_has_a_scope_of_its_own(host: Path) -> None:
         *("systemd-run", "--scope", "--quiet", "--collect", "--slice=vmherd-machines.slice"),
         *(f"--unit=vmherd-{UID}-3", "--description=vmherd: web"),
         *("--property=MemoryMax=1536M", "--property=CPUQuota=300%", "--property=TasksMax=258"),
-        *("--property=Before=vmherd-qemu.service", "--"),
+        *("--property=Before=vmherd-qemu.service vmherd-guests.service", "--"),
         *LIMITS,
         *USER,
     )

@@ -14,7 +14,7 @@ import pytest
 from vmherd.qemu.network.rules import Port
 from vmherd.qemu.process import (
     Process,
-    find_pid,
+    find_processes,
     open_pidfd,
     read_record,
     start_ticks,
@@ -114,14 +114,13 @@ def test_a_pid_that_became_a_thread_s_is_no_process() -> None:
 
 @pytest.mark.parametrize("before", [(), ("/bin/sh", "-c", 'echo; read line; "$@"', "sh")])
 def test_a_process_is_found_by_the_end_of_its_command_line(before: tuple[str, ...]) -> None:
-    argv, uid = ("/bin/sh", "-c", "echo; read line", "a b", ""), os.geteuid()
+    argv, users = ("/bin/sh", "-c", "echo; read line", "a b", ""), {os.geteuid()}
     with subprocess.Popen((*before, *argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the kernel shows a command line a moment after the start
-        assert find_pid(argv, uid) == process.pid
-        assert find_pid(argv[:-1], uid) is None
-        assert find_pid((*argv, ""), uid) is None
-        assert find_pid(("in/sh", *argv[1:]), uid) is None
+        assert find_processes(argv, users) == [(start_ticks(process.pid), process.pid)]
+        for others in (argv[:-1], (*argv, ""), ("in/sh", *argv[1:])):
+            assert find_processes(others, users) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has processes of other users")
@@ -131,8 +130,8 @@ def test_a_stranger_with_the_same_command_line_is_not_taken_for_the_process() ->
     with stranger:
         assert stranger.stdout is not None
         stranger.stdout.readline()
-        assert find_pid(argv, 65532) is None
-        assert find_pid(argv, 65533) == stranger.pid
+        assert find_processes(argv, {65532}) == []
+        assert [pid for _, pid in find_processes(argv, {65532, 65533})] == [stranger.pid]
 
 
 def test_a_record_is_nobody_else_s_to_read(tmp_path: Path) -> None:
@@ -156,3 +155,7 @@ def test_the_tail_is_short_and_printable(tmp_path: Path, written: bytes, tail: s
     assert stderr_tail(path) == tail
     path.unlink()
     assert stderr_tail(path) == ""
+
+
+def test_a_tail_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert stderr_tail(tmp_path) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import tempfile
@@ -183,6 +184,38 @@ async def test_a_program_that_cannot_be_executed_leaves_nothing(table: ProcessTa
     assert "/nonexistent/qemu" in error.message
     assert table.list() == ()
     assert os.listdir(directory.instances) == []
+
+
+@pytest.mark.parametrize("name", ["start_ticks", "os.pidfd_open"])
+async def test_a_process_that_cannot_be_watched_is_ended(
+    table: ProcessTable, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It would run on unknown, and the next start of the machine would be a second one."""
+
+    def too_many(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = children(), len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"vmherd.qemu.process_table.{name}", too_many)
+        error = await refused(table, *SITS)
+    assert "Too many open files" in error.message
+    assert table.list() == ()
+    assert os.listdir(directory.instances) == []
+    assert (children(), len(os.listdir("/proc/self/fd"))) == before
+
+
+async def test_an_end_is_told_even_if_its_last_words_cannot_be_read(
+    table: ProcessTable, directory: RunDirectory
+) -> None:
+    await table.start(MACHINE, plan(*SITS))
+    stderr = directory.instance(MACHINE.uid).stderr
+    stderr.unlink()
+    stderr.mkdir()
+    async with asyncio.timeout(5):
+        stopped = await table.stop(MACHINE.uid, 1, grace_s=0)
+    assert (stopped.ended, stopped.stderr_tail) == (True, "")
+    stderr.rmdir()
 
 
 async def test_a_run_directory_that_cannot_be_written_fails_the_start(

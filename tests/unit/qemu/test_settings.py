@@ -128,3 +128,7 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
         "networks[3].bridge",
         "networks[3].ipv6_subnet",
     }
+
+
+def test_an_accelerator_that_does_not_exist_is_named() -> None:
+    assert wrong(accelerator=99) == {"accelerator": "must be AUTO, KVM or TCG, is 99"}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vmherd.model.errors import FailedPrecondition
 from vmherd.model.network import Network
 from vmherd.qemu.network.programs import find_program
 from vmherd.qemu.network.rules import Port
-from vmherd.qemu.process import start_ticks
+from vmherd.qemu.process import find_processes, open_pidfd
 
 DOMAIN = "vmherd"
 LEASE_TIME = "12h"
@@ -70,6 +72,14 @@ class DnsmasqFiles:
         return self.own / "pid"
 
 
+class Lease(NamedTuple):
+    """An address that was given."""
+
+    mac: str
+    expiry: str
+    """Another one after each renewal."""
+
+
 def configuration(network: Network, files: DnsmasqFiles) -> str:
     """The configuration file of a network's dnsmasq, which serves the machines that are listed and nobody else."""
     lines = [
@@ -100,8 +110,8 @@ def configuration(network: Network, files: DnsmasqFiles) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def hosts(ports: Iterable[tuple[str, Port]], leased: Mapping[str, str]) -> str:
-    """The file of `dhcp-hostsfile` for ports and the names of their machines. `leased` is address → MAC address.
+def hosts(ports: Iterable[tuple[str, Port]], leased: Mapping[str, Lease]) -> str:
+    """The file of `dhcp-hostsfile` for ports and the names of their machines. `leased` is by address.
 
     An address that a machine of the past still leases is listed with both MAC addresses: dnsmasq takes it from the one
     that does not ask, and would give it to nobody otherwise.
@@ -110,7 +120,7 @@ def hosts(ports: Iterable[tuple[str, Port]], leased: Mapping[str, str]) -> str:
     present = {port.mac for _, port in listed}
     return "".join(
         f"{port.mac},{past},{port.ipv4_address},{name}\n"
-        if (past := leased.get(port.ipv4_address, port.mac)) not in present
+        if (past := leased[port.ipv4_address].mac if port.ipv4_address in leased else port.mac) not in present
         else f"{port.mac},{port.ipv4_address},{name}\n"
         for name, port in listed
     )
@@ -126,15 +136,19 @@ def names(ports: Iterable[tuple[str, Port]]) -> str:
     )
 
 
-def leases(files: DnsmasqFiles) -> dict[str, str]:
-    """The IPv4 leases: address → MAC address. The file is dnsmasq's own, and no more trusted than dnsmasq is."""
+def leases(files: DnsmasqFiles) -> dict[str, Lease]:
+    """The IPv4 leases, by address. The file is dnsmasq's own, and no more trusted than dnsmasq is."""
     try:
         with open(files.leases, "rb", opener=_open_plainly) as file:
             lines = file.read(LEASES_MAX_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return {}
     # EXPIRY MAC ADDRESS NAME CLIENT-ID
-    return {words[2]: words[1] for words in map(str.split, lines) if len(words) == 5 and words[1].count(":") == 5}
+    return {
+        words[2]: Lease(words[1], words[0])
+        for words in map(str.split, lines)
+        if len(words) == 5 and words[1].count(":") == 5
+    }
 
 
 async def ensure(network: Network, files: DnsmasqFiles, uid: int) -> int:
@@ -145,13 +159,15 @@ async def ensure(network: Network, files: DnsmasqFiles, uid: int) -> int:
         OSError: a file cannot be written.
     """
     wanted = configuration(network, files)
-    if files.ready.exists() and files.configuration.exists() and files.configuration.read_text() == wanted:
+    if _has_served(files, wanted, uid):
         running = _running(files)
         for pidfd in running[1:]:
             os.close(pidfd)
         if running:
             return running[0]
     await end(files)
+    if files.own.exists() and files.own.stat().st_uid != uid:
+        shutil.rmtree(files.own)  # another user's leases, which are the same for everybody again
     files.own.mkdir(mode=0o700, exist_ok=True)
     os.chown(files.own, uid, uid)
     files.ready.unlink(missing_ok=True)
@@ -170,6 +186,13 @@ async def ensure(network: Network, files: DnsmasqFiles, uid: int) -> int:
                 metadata={"network": network.name},
             )
     return pidfd
+
+
+def _has_served(files: DnsmasqFiles, wanted: str, uid: int) -> bool:
+    """Whether the last dnsmasq came to serve, as the user and with the configuration that are wanted now."""
+    with contextlib.suppress(FileNotFoundError):
+        return files.ready.exists() and files.own.stat().st_uid == uid and files.configuration.read_text() == wanted
+    return False
 
 
 def _spawn(files: DnsmasqFiles, uid: int) -> int:
@@ -252,24 +275,7 @@ def _identity(files: DnsmasqFiles) -> str:
 
 def _running(files: DnsmasqFiles) -> list[int]:
     """Pidfds of the dnsmasq that has these files, and after it of its children."""
-    with contextlib.suppress(FileNotFoundError):
-        users = {0, files.own.stat().st_uid}
-        found = []
-        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if _is(pid, files, users) and (ticks := start_ticks(pid)) is not None:
-                    pidfd = os.pidfd_open(pid)
-                    # The pid may have become another's since the first look. The pidfd cannot.
-                    if _is(pid, files, users):
-                        found.append((ticks, pidfd))
-                    else:
-                        os.close(pidfd)
-        return [pidfd for _, pidfd in sorted(found)]
-    return []
-
-
-def _is(pid: int, files: DnsmasqFiles, users: Container[int]) -> bool:
-    process = Path(f"/proc/{pid}")
-    if not (process / "cmdline").read_bytes().endswith(b"\0" + os.fsencode(_identity(files)) + b"\0"):
-        return False
-    return process.stat().st_uid in users
+    if not files.own.exists():
+        return []
+    found = find_processes([_identity(files)], (0, files.own.stat().st_uid))
+    return [pidfd for ticks, pid in found if (pidfd := open_pidfd(pid, ticks)) is not None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 import struct
 from dataclasses import dataclass
@@ -30,7 +32,10 @@ IFA_F_NODAD = 0x02
 NUD_VALID = 0x02 | 0x04 | 0x08 | 0x10 | 0x80
 
 RTPROT_RA = 9  # linux/rtnetlink.h
-IPV6_SETTINGS = Path("/proc/sys/net/ipv6/conf")
+IPV4_SETTINGS, IPV6_SETTINGS = Path("/proc/sys/net/ipv4/conf"), Path("/proc/sys/net/ipv6/conf")
+
+_TAP_NAME = re.compile(r"vm[0-9a-f]{11}")
+"""What `tap_name` makes."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ async def set_up_bridge(ipr: AsyncIPRoute, bridge: Link, network: Network) -> No
     if network.ipv6_subnet:
         wanted.add(IPv6Interface(f"{HOST_LINK_LOCAL}/64"))
     # The host takes no address from a guest, has none but these, and has no IPv6 at all where the network has none.
-    for name, value in {"accept_ra": 0, "addr_gen_mode": 1, "disable_ipv6": int(not network.ipv6_subnet)}.items():
-        (IPV6_SETTINGS / bridge.name / name).write_text(str(value))
+    _set_ipv6(bridge, accept_ra=0, addr_gen_mode=1, disable_ipv6=int(not network.ipv6_subnet))
     await ipr.link("set", index=bridge.index, ifalias=f"vmherd: network {network.name}", state="up")
     present = await addresses(ipr, bridge)
     for command, some in (("del", present - wanted), ("add", wanted - present)):
@@ -107,11 +111,26 @@ async def addresses(ipr: AsyncIPRoute, bridge: Link) -> set[IPv4Interface | IPv6
 
 
 async def plug_in(ipr: AsyncIPRoute, tap: Link, bridge: Link, *, isolated: bool) -> None:
-    """Makes a TAP device a port of a bridge. It is up only then, so the host itself never listens to a guest."""
+    """Makes a TAP device a port of a bridge. It is up only then, and the host itself never listens to a guest."""
+    # There are addresses of Ethernet that a bridge leaves to the port, which must not take a guest for a router then.
+    _set_ipv6(tap, disable_ipv6=1)
+    (IPV4_SETTINGS / tap.name / "rp_filter").write_text("1")  # no route leads here, so that all sources are refused
     # A bridge takes the smallest MTU of its ports.
     await ipr.link("set", index=tap.index, master=bridge.index, mtu=bridge.mtu)
     await ipr.brport("set", index=tap.index, isolated=int(isolated))
     await ipr.link("set", index=tap.index, state="up")
+
+
+def is_tap(link: Link) -> bool:
+    """Whether this is a machine's TAP device, of whatever machine."""
+    return _TAP_NAME.fullmatch(link.name) is not None
+
+
+async def remove_tap(ipr: AsyncIPRoute, name: str) -> None:
+    """Removes a TAP device that its QEMU has not taken along: one that its guest has taken over can make it stay."""
+    if tap := await find_link(ipr, name):
+        with contextlib.suppress(NetlinkError):  # it has gone by itself
+            await ipr.link("del", index=tap.index)
 
 
 def open_tap(name: str) -> int:
@@ -153,6 +172,20 @@ async def neighbours(ipr: AsyncIPRoute, bridge: Link) -> list[tuple[str, str]]:
         async for message in await ipr.get_neighbours(ifindex=bridge.index)
         if message["state"] & NUD_VALID and message.get("lladdr")
     ]
+
+
+async def forget_neighbour(ipr: AsyncIPRoute, bridge: Link, mac: str) -> None:
+    """Lets the host forget the addresses that it has heard of with a MAC address on a bridge."""
+    for address, its in await neighbours(ipr, bridge):
+        if its == mac:
+            with contextlib.suppress(NetlinkError):  # it is forgotten already
+                await ipr.neigh("del", dst=address, ifindex=bridge.index)
+
+
+def _set_ipv6(link: Link, **settings: int) -> None:
+    """Changes how the host uses IPv6 on an interface; a kernel without IPv6 has nothing to change."""
+    for name, value in settings.items() if IPV6_SETTINGS.exists() else ():
+        (IPV6_SETTINGS / link.name / name).write_text(str(value))
 
 
 def _link(message: Any) -> Link:

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import signal
 import stat
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vmherd.model.errors import FailedPrecondition, VmherdError
 from vmherd.model.machine import Machine
 from vmherd.model.network import Network
 from vmherd.qemu.network import dnsmasq, links, rules
-from vmherd.qemu.network.dnsmasq import DnsmasqFiles
+from vmherd.qemu.network.dnsmasq import DnsmasqFiles, Lease
 from vmherd.qemu.network.forwarding import IPV4, IPV6, set_forwarding
 from vmherd.qemu.network.leftovers import held, known, remove, told
 from vmherd.qemu.network.links import bridge_mac
@@ -33,7 +34,9 @@ from vmherd.qemu.network.watch import Watch
 
 REPAIR_PAUSE_S = 0.1
 """Between the news of harm and its repair: who does harm often goes on for a moment."""
-RETRY_PAUSE_S = 5.0
+REPAIR_PAUSE_MAX_S = 5.0
+QUIET_S = 5.0
+"""After so long without harm the next repair comes as soon as the first one did."""
 
 _log = structlog.get_logger()
 
@@ -140,7 +143,8 @@ class Networks:
         async with self._lock:
             ports = self.ports(machine)
             taps: dict[int, int] = {}
-            self._plugged[machine.uid] = Plugged(machine.name, ports)
+            former = {k: v for network in self._served(ports) for k, v in dnsmasq.leases(self._files(network)).items()}
+            self._plugged[machine.uid] = Plugged(machine.name, ports, former)
             try:
                 with told():
                     for (index, _), port in zip(bridged(machine), ports, strict=True):
@@ -156,19 +160,22 @@ class Networks:
             return taps
 
     async def unplug(self, uid: str) -> None:
-        """Removes the rules and leases of a machine whose process has ended: its TAP devices went with it."""
-        async with self._lock:
-            if (plugged := self._plugged.pop(uid, None)) is None:
-                return
-            try:
+        """Removes the rules and leases of a machine whose process has ended, and what is left of its TAP devices."""
+        if (plugged := self._plugged.pop(uid, None)) is None:
+            return
+        try:
+            async with self._lock:
                 for port in plugged.ports:
+                    await links.remove_tap(self._ipr, port.tap)
                     if port.ipv4_address:
                         await self._change(rules.port_removed(self._by_name[port.network].bridge, port))
                 for network in self._served(plugged.ports):
                     self._write_leases(network)
-            except (VmherdError, OSError) as error:
-                _log.warning("not unplugged in one step", uid=uid, why=str(error))
-                self._harmed.set()
+        except BaseException as error:
+            self._harmed.set()  # the repair makes everything anew, without this machine
+            if not isinstance(error, (VmherdError, NetlinkError, OSError)):
+                raise
+            _log.warning("not unplugged in one step", uid=uid, why=str(error))
 
     async def addresses(self, uid: str) -> list[Address]:
         """The addresses that DHCP has given to a machine that runs, then others that the host has heard of.
@@ -177,16 +184,17 @@ class Networks:
             FailedPrecondition: the kernel does not say.
         """
         found: dict[str, Address] = {}
-        plugged = self._plugged.get(uid)
+        plugged = self._plugged.get(uid, Plugged("", ()))
         with told():
-            for port in plugged.ports if plugged else ():
-                async for address in self._addresses(port):
+            for port in plugged.ports:
+                async for address in self._addresses(port, plugged.former_leases):
                     found.setdefault(address.address, address)
         return list(found.values())
 
-    async def _addresses(self, port: Port) -> AsyncIterator[Address]:
+    async def _addresses(self, port: Port, former: Mapping[str, Lease]) -> AsyncIterator[Address]:
         network = self._by_name[port.network]
-        if network.subnet and dnsmasq.leases(self._files(network)).get(port.ipv4_address) == port.mac:
+        lease = dnsmasq.leases(self._files(network)).get(port.ipv4_address) if network.subnet else None
+        if network.subnet and lease and lease.mac == port.mac and lease != former.get(port.ipv4_address):
             yield Address(port.ipv4_address, network.subnet.prefixlen, port.mac, AddressSource.LEASE)
         if bridge := await links.find_link(self._ipr, network.bridge):
             subnets = [interface.network for interface in await links.addresses(self._ipr, bridge)]
@@ -198,7 +206,7 @@ class Networks:
 
     async def _check(self) -> None:
         """Refuses what no repair could set right, before anything is changed."""
-        for plugged in self._plugged.values():
+        for plugged in tuple(self._plugged.values()):  # who ends meanwhile leaves
             for port in plugged.ports:
                 network, tap = self._by_name.get(port.network), await links.find_link(self._ipr, port.tap)
                 bridge = await links.find_link(self._ipr, network.bridge) if network else None
@@ -263,6 +271,9 @@ class Networks:
             ports = [port for _, port in self._ports_of(network)]
             await self._change(rules.ruleset(network, ports))
             await links.set_up_bridge(self._ipr, bridge, network)
+            for stray in await links.ports_of(self._ipr, bridge):
+                if links.is_tap(stray) and stray.name not in {port.tap for port in ports}:
+                    await links.remove_tap(self._ipr, stray.name)
             for port in ports:
                 tap = await links.find_link(self._ipr, port.tap)
                 if tap is not None and tap.master != bridge.index:
@@ -275,16 +286,19 @@ class Networks:
         bridge = await links.find_link(self._ipr, network.bridge)
         if bridge is None or bridge.kind != "bridge":
             raise _not_usable(network.name, f"there is no bridge {network.bridge}; make it, or change the settings")
+        await links.forget_neighbour(self._ipr, bridge, port.mac)  # as the machine had it when it last ran
         if network.subnet:
             # First the rules, so that no frame comes in without them.
             try:
                 await self._change(rules.port_added(network.bridge, port))
             except FailedPrecondition:  # somebody has taken the tables away a moment ago
-                await self._change(rules.ruleset(network, (port for _, port in self._ports_of(network))))
+                await self._change(rules.ruleset(network, [port for _, port in self._ports_of(network)]))
         descriptor = links.open_tap(port.tap)
         try:
-            if tap := await links.find_link(self._ipr, port.tap):
-                await links.plug_in(self._ipr, tap, bridge, isolated=network.isolated)
+            tap = await links.find_link(self._ipr, port.tap)
+            if tap is None:
+                raise _not_usable(network.name, f"somebody has taken {port.tap} away as soon as it was made")
+            await links.plug_in(self._ipr, tap, bridge, isolated=network.isolated)
         except BaseException:
             os.close(descriptor)
             raise
@@ -329,17 +343,19 @@ class Networks:
             self._forget_server(bridge)
 
     async def _keep(self) -> None:
-        """Puts back what somebody else takes away, again and again."""
+        """Puts back what somebody else takes away, again and again, and the slower the more often it goes."""
+        pause_s = REPAIR_PAUSE_S
         while True:
+            waited_since_s = time.monotonic()
             await self._harmed.wait()
-            await asyncio.sleep(REPAIR_PAUSE_S)
+            pause_s = _repair_pause_s(pause_s, time.monotonic() - waited_since_s)
+            await asyncio.sleep(pause_s)
             self._harmed.clear()
             try:
                 async with self._lock:
                     await self._restore()
-            except (VmherdError, NetlinkError, OSError) as error:
-                _log.error("networks not put back; trying again", why=str(error))
-                await asyncio.sleep(RETRY_PAUSE_S)
+            except Exception as error:  # whatever it was, the next attempt may do
+                _log.error("networks not put back; trying again", why=str(error), exc_info=_unforeseen(error))
                 self._harmed.set()
             else:
                 _log.warning("networks put back")
@@ -354,6 +370,15 @@ class Networks:
     def _ports_of(self, network: Network) -> list[tuple[str, Port]]:
         """The ports of a network, each with the name of its machine."""
         return [(it.name, port) for it in self._plugged.values() for port in it.ports if port.network == network.name]
+
+
+def _repair_pause_s(last_s: float, quiet_s: float) -> float:
+    """How long to wait with a repair: twice as long as the last time, unless it was quiet since."""
+    return REPAIR_PAUSE_S if quiet_s > QUIET_S else min(2 * last_s, REPAIR_PAUSE_MAX_S)
+
+
+def _unforeseen(error: Exception) -> Exception | None:
+    return None if isinstance(error, (VmherdError, NetlinkError, OSError)) else error
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
 from vmherd.model.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from vmherd.model.machine import Machine, Nic, NicBackend
 from vmherd.model.network import Network, tap_name
+from vmherd.qemu.network.dnsmasq import Lease
 from vmherd.qemu.network.rules import Port
 
 
@@ -18,6 +19,8 @@ class Plugged:
 
     name: str
     ports: tuple[Port, ...]
+    former_leases: Mapping[str, Lease] = field(default_factory=dict)
+    """By address, those that its network had when it was plugged in: not this run's."""
 
 
 def bridged(machine: Machine) -> list[tuple[int, Nic]]:

@@ -23,8 +23,10 @@ SETS: Mapping[str, str] = {
     "ipv4": "type ifname . ipv4_addr",
     "ipv6": "type ifname . ipv6_addr",
     "targets": "typeof iifname . @th,64,128",
+    "clients": "typeof iifname . @th,288,48",
 }
-"""What each port has: sets, and what they hold. The last has those of `ipv6` as neighbour discovery writes them."""
+"""What each port has: sets, and what they hold. The last two have those of `ipv6` and `macs` as neighbour discovery and
+DHCP write them."""
 
 _ARP = "arp htype 1 arp ptype ip arp hlen 6 arp plen 4 iifname . arp saddr ether @macs"
 
@@ -36,8 +38,12 @@ FROM_GUEST: Sequence[str] = (
     # What a DHCP server or a router sends.
     "udp dport { 68, 546 } drop",
     "icmpv6 type { nd-router-advert, nd-redirect, mld-listener-query } drop",
+    # Whoever asks a DHCP server in another's name could decline that one's address. A fragment has no port, and its
+    # first one without the MAC address inside is no use to anybody.
+    "udp dport 67 iifname . ip saddr @ipv4 iifname . @th,288,48 @clients accept",
+    "udp dport 67 ip saddr 0.0.0.0 ip daddr 255.255.255.255 iifname . @th,288,48 @clients accept",
+    "udp dport 67 drop",
     "iifname . ip saddr @ipv4 accept",
-    "ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept",
     "icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @targets drop",
     "iifname . ip6 saddr @ipv6 accept",
     "ip6 saddr :: icmpv6 type nd-neighbor-solicit iifname . @th,64,128 @targets accept",
@@ -73,19 +79,26 @@ def removal(bridge: str) -> str:
     )
 
 
-def ruleset(network: Network, ports: Iterable[Port]) -> str:
+def ruleset(network: Network, ports: Sequence[Port]) -> str:
     """What replaces a network's tables, whatever there was, in one step."""
-    return removal(network.bridge) + _border(network) + _guests(network.bridge, tuple(ports))
+    return removal(network.bridge) + _border(network, ports) + _guests(network.bridge, ports)
 
 
-def _border(network: Network) -> str:
+def _border(network: Network, ports: Sequence[Port]) -> str:
     """The table that keeps guests from the host and the world from the guests, and gives guests the host's address."""
     bridge = network.bridge
     return _table(
         "inet",
         bridge,
+        _set("ports", ports),
         _chain("to-host", _services(network)),
-        _chain("input", [f'iifname "{bridge}" goto to-host'], hook="filter hook input priority filter"),
+        # The first is for those addresses of Ethernet that a bridge leaves to its ports: what guests send there would
+        # reach the host past all other rules.
+        _chain(
+            "input",
+            ["iifname @ports drop", f'iifname "{bridge}" goto to-host'],
+            hook="filter hook input priority filter",
+        ),
         _chain("forward", _forwards(network), hook="filter hook forward priority filter"),
         _chain("postrouting", _masquerades(network), hook="nat hook postrouting priority srcnat"),
     )
@@ -124,19 +137,18 @@ def _guests(bridge: str, ports: Sequence[Port]) -> str:
 
     Frames of interfaces that somebody else put on the bridge are let through.
     """
-    elements = {name: [element for port in ports for element in _elements(port)[name]] for name in SETS}
     return _table(
         "bridge",
         bridge,
-        *(_block(f"set {name}", [kind, *_listed(elements[name])]) for name, kind in SETS.items()),
+        *(_set(name, ports) for name in SETS),
         _chain("from-guest", FROM_GUEST),
         _chain("prerouting", ["iifname @ports goto from-guest"], hook="filter hook prerouting priority filter"),
     )
 
 
-def _listed(elements: Sequence[str]) -> Iterator[str]:
-    if elements:
-        yield f"elements = {{ {', '.join(elements)} }}"
+def _set(name: str, ports: Iterable[Port]) -> str:
+    elements = ", ".join(element for port in ports for element in _elements(port)[name])
+    return _block(f"set {name}", [SETS[name], *([f"elements = {{ {elements} }}"] if elements else [])])
 
 
 def port_added(bridge: str, port: Port) -> str:
@@ -151,9 +163,9 @@ def port_removed(bridge: str, port: Port) -> str:
 
 def _changed(verb: str, bridge: str, port: Port) -> str:
     return "".join(
-        f"{verb} element bridge {table_name(bridge)} {name} {{ {', '.join(elements)} }}\n"
-        for name, elements in _elements(port).items()
-        if elements
+        f"{verb} element {family} {table_name(bridge)} {name} {{ {', '.join(elements)} }}\n"
+        for family, name in (("inet", "ports"), *(("bridge", name) for name in SETS))
+        if (elements := _elements(port)[name])
     )
 
 
@@ -167,6 +179,7 @@ def _elements(port: Port) -> Mapping[str, Sequence[str]]:
         "ipv4": [f"{tap} . {port.ipv4_address}"],
         "ipv6": [f"{tap} . {address}" for address in own],
         "targets": [f"{tap} . 0x{int(address):032x}" for address in own],
+        "clients": [f"{tap} . 0x{port.mac.replace(':', '')}"],
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from vmherd.model.network import Network
 from vmherd.qemu.network import dnsmasq
-from vmherd.qemu.network.dnsmasq import DnsmasqFiles
+from vmherd.qemu.network.dnsmasq import DnsmasqFiles, Lease
 from vmherd.qemu.network.programs import find_program
 from vmherd.qemu.network.rules import Port
 
@@ -39,7 +39,7 @@ def test_each_machine_has_a_lease_and_a_name() -> None:
 
 
 def test_an_address_is_taken_from_a_machine_of_the_past_and_from_no_other() -> None:
-    leased = {WEB.ipv4_address: PAST, DB.ipv4_address: WEB.mac}
+    leased = {WEB.ipv4_address: Lease(PAST, "1"), DB.ipv4_address: Lease(WEB.mac, "1")}
     assert dnsmasq.hosts([("web", WEB), ("db", DB)], leased).splitlines() == [
         f"{WEB.mac},{PAST},10.77.0.7,web",
         f"{DB.mac},10.77.0.8,db",
@@ -63,7 +63,7 @@ def test_dnsmasq_takes_the_configuration(files: DnsmasqFiles, ipv6: IPv6Network 
 
 def test_leases_are_read(files: DnsmasqFiles) -> None:
     files.leases.write_text(f"1 {WEB.mac} 10.77.0.7 web 01:{WEB.mac}\n2 {PAST} 10.77.0.9 * *\nduid 00:01\n")
-    assert dnsmasq.leases(files) == {"10.77.0.7": WEB.mac, "10.77.0.9": PAST}
+    assert dnsmasq.leases(files) == {"10.77.0.7": Lease(WEB.mac, "1"), "10.77.0.9": Lease(PAST, "2")}
 
 
 def test_a_file_of_leases_may_be_missing_or_anything(files: DnsmasqFiles) -> None:

@@ -18,6 +18,7 @@ DB = Port("lab", "vm9876543210", "52:54:00:00:00:08", "10.77.0.8", "fd77::5054:f
 
 def test_a_port_may_use_its_own_addresses() -> None:
     assert port_added("lab0", WEB).splitlines() == [
+        'add element inet vmherd-lab0 ports { "vm0123456789" }',
         'add element bridge vmherd-lab0 ports { "vm0123456789" }',
         'add element bridge vmherd-lab0 macs { "vm0123456789" . 52:54:00:00:00:07 }',
         'add element bridge vmherd-lab0 ipv4 { "vm0123456789" . 10.77.0.7 }',
@@ -25,6 +26,7 @@ def test_a_port_may_use_its_own_addresses() -> None:
         '"vm0123456789" . fd77::5054:ff:fe00:7 }',
         'add element bridge vmherd-lab0 targets { "vm0123456789" . 0xfe80000000000000505400fffe000007, '
         '"vm0123456789" . 0xfd77000000000000505400fffe000007 }',
+        'add element bridge vmherd-lab0 clients { "vm0123456789" . 0x525400000007 }',
     ]
 
 

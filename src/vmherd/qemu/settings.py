@@ -95,6 +95,8 @@ def _user(name: str, violations: list[FieldViolation]) -> tuple[int, int]:
 def _wrong_users(uids: Uids, controller: int) -> Iterator[FieldViolation]:
     if not (uids.first > 0 and uids.machines and uids.machines.stop <= UID_END):
         yield FieldViolation("uids", f"must be 3 or more uids from 1 to {UID_END - 1}")
+    if accounts := [user.pw_name for user in pwd.getpwall() if uids.first <= user.pw_uid < uids.machines.stop]:
+        yield FieldViolation("uids", f"must not have users of this host among them, as {accounts[0]!r} is")
     if uids.first <= controller < uids.machines.stop:
         yield FieldViolation("uids", f"must not have the controller's user {controller} among them")
     if os.geteuid() and controller != os.geteuid():

@@ -89,6 +89,10 @@ def test_a_range_of_users_that_is_none(first: int, count: int) -> None:
     assert set(wrong(uids=UidRange(first=first, count=count))) == {"uids"}
 
 
+def test_machines_do_not_run_as_users_of_the_host() -> None:
+    assert "'daemon'" in wrong(uids=UidRange(first=1, count=10))["uids"]
+
+
 @pytest.mark.usefixtures("as_root")
 def test_the_controller_is_no_machine() -> None:
     assert set(wrong(uids=UidRange(first=5000, count=10), controller_user="5009")) == {"uids"}

@@ -92,7 +92,7 @@ def test_a_freeze_ends_when_its_time_is_over(debian: HerdUnderTest, console: Con
 
 
 def test_a_freeze_ends_also_when_the_controller_was_killed(debian: HerdUnderTest, console: Console) -> None:
-    freeze(debian, thawAfter="15s")
+    freeze(debian, thawAfter="30s")
     until = debian.info()["frozenUntil"]
     console.type(write("/var/tmp/waited"))
     console.hear("it waits")

@@ -32,7 +32,7 @@ BOOTS = 7
 PINGS = 500
 RUNS = 100
 PROGRAM = ("/bin/true",)
-RESIDENT_MAX_MIB = {"qemu": 60, "controller": 70, "gateway": 70}
+MEMORY_MAX_MIB = {"qemu": 60, "controller": 70, "gateway": 70}
 IDLE_S = 2.0
 """The processes are left alone for so long before their memory is looked at."""
 
@@ -112,7 +112,7 @@ def _measure(herd: Herd, processes: Processes, gateway: Gateway) -> None:
     time.sleep(IDLE_S)
     print("\nResident memory, idle")
     for child in processes.children:
-        print(f"  {child.name:<22} {_resident_mib(child.process.pid):8.1f} MiB (at most {RESIDENT_MAX_MIB[child.name]})")
+        print(f"  {child.name:<22} {_resident_mib(child.process.pid):8.1f} MiB (at most {MEMORY_MAX_MIB[child.name]})")
 
     controller_pid = next(child.process.pid for child in processes.children if child.name == "controller")
     hardware = {"hardware": {"memoryMib": copy.MEMORY_MIB}}
